@@ -1,0 +1,74 @@
+"""Equipoise keeps the experts of Mixture-of-Experts language models in balance at inference.
+
+    import equipoise as eq
+    profile = eq.profile(model, batches)      # load and importance on calibration text
+    plan = eq.plan(profile, budget=1.0)       # replicas and precision under one byte budget
+    eq.apply(model, plan)                     # in place
+    with eq.watch(model) as load:
+        model(**batch)
+    eq.lis(load.counts)
+
+Importing the package is cheap: torch and transformers load with the first name that needs them. It also
+teaches transformers, as soon as that is imported, to read balanced checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from equipoise.checkpoint import apply_checkpoint
+    from equipoise.errors import InputError
+    from equipoise.files import load_plan, load_profile, save_plan, save_profile
+    from equipoise.metrics import lis, max_over_mean, rank_load, slot_lis, slot_load
+    from equipoise.planning import plan
+    from equipoise.profiling import profile, watch
+    from equipoise.runtime import apply
+    from equipoise.types import LayerPlan, Plan, Profile, Slot
+
+_WHERE = {
+    "InputError": "errors",
+    "LayerPlan": "types",
+    "Plan": "types",
+    "Profile": "types",
+    "Slot": "types",
+    "apply": "runtime",
+    "apply_checkpoint": "checkpoint",
+    "lis": "metrics",
+    "load_plan": "files",
+    "load_profile": "files",
+    "max_over_mean": "metrics",
+    "plan": "planning",
+    "profile": "profiling",
+    "rank_load": "metrics",
+    "save_plan": "files",
+    "save_profile": "files",
+    "slot_lis": "metrics",
+    "slot_load": "metrics",
+    "watch": "profiling",
+}
+
+__all__ = [*_WHERE, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'equipoise' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"equipoise.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])
+
+
+@wrapt.when_imported("transformers.modeling_utils")
+def _register(_module: Any) -> None:
+    """Register the experts implementation and the checkpoint format, now or when transformers is imported."""
+    importlib.import_module("equipoise.runtime.registration")

@@ -1,0 +1,111 @@
+"""Options of each stage: frozen dataclasses, validated when built. The command line reads its defaults here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from equipoise.errors import InputError
+
+Preset = Literal["joint", "paper"]
+ImportanceName = Literal["error", "wanda", "frequency", "random"]
+Strategy = Literal["rq", "quantize-only", "random", "quantize-heavy", "quantize-all"]
+
+
+def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{what}: {value!r} is not one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """How load and importance are measured.
+
+    Attributes:
+        seq_len: tokens a window of text.
+        batch_size: windows a forward pass.
+        max_tokens: stop after about this many tokens (0 = all of the data).
+        fraction: share of the data's windows to use, spread evenly (the paper uses 0.1).
+        windows: at most this many load windows are kept in `series`.
+        importance_tokens: tokens on which `wanda` and `error` are measured, spread over the batches (0 = none).
+    """
+
+    seq_len: int = 256
+    batch_size: int = 8
+    max_tokens: int = 0
+    fraction: float = 1.0
+    windows: int = 64
+    importance_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size", "windows"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_tokens", "importance_tokens"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"fraction must be in (0, 1], got {self.fraction}")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How a plan is made.
+
+    Attributes:
+        preset: `joint` plans replicas and precision together; `paper` is R&Q Algorithms 1 to 3.
+        budget: bytes allowed, as a multiple of the original expert bytes. None: 1.0 for `joint`; for `paper`
+            what the algorithm needs (int8 scales put it a trace above 1.0).
+        max_quantized: share of a layer's experts that may lose their original-precision copy.
+        importance: which importance ranks the experts. None: `error` for `joint`, `wanda` for `paper`.
+        wanda_low_is_important: the paper's reading of Algorithm 2 ("lower means higher importance").
+        strategy: the paper's ablation (Table 3); `rq` is the method itself.
+        low_precision: precision of replicas and quantized experts. None: int8 for 16-bit models, float16 for
+            float32 models.
+        replicas: exactly this many spare slots in each layer, instead of as many as the budget buys.
+        ranks: devices the slots are placed on.
+        nodes: nodes the ranks are on.
+        slots: slots a layer on all ranks together (0 = whatever the plan gives, rounded up to the ranks).
+        group_limited: node-limited routing: experts of a group stay on one node.
+        expert_bytes: original bytes of one expert, for traces that carry no sizes.
+        quality_weight: how much predicted quality loss weighs against imbalance in `joint`.
+        seed: of everything random.
+    """
+
+    preset: Preset = "joint"
+    budget: float | None = None
+    max_quantized: float = 1.0
+    importance: ImportanceName | None = None
+    wanda_low_is_important: bool = True
+    strategy: Strategy = "rq"
+    low_precision: Literal["int8", "float16"] | None = None
+    replicas: int | None = None
+    ranks: int = 1
+    nodes: int = 1
+    slots: int = 0
+    group_limited: bool = False
+    expert_bytes: int | None = None
+    quality_weight: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("preset", self.preset, get_args(Preset))
+        _one_of("strategy", self.strategy, get_args(Strategy))
+        if self.importance is not None:
+            _one_of("importance", self.importance, get_args(ImportanceName))
+        if self.low_precision is not None:
+            _one_of("low precision", self.low_precision, ("int8", "float16"))
+        if self.budget is not None and not 0 < self.budget < 1000:
+            raise InputError(f"budget is a multiple of the original expert bytes and must be above 0, got {self.budget}")
+        if not 0 <= self.max_quantized <= 1:
+            raise InputError(f"max-quantized is a share of a layer's experts in [0, 1], got {self.max_quantized}")
+        if self.replicas is not None and self.replicas < 0:
+            raise InputError(f"replicas must not be negative, got {self.replicas}")
+        if self.expert_bytes is not None and self.expert_bytes < 1:
+            raise InputError(f"expert-bytes must be at least 1, got {self.expert_bytes}")
+        if self.ranks < 1 or self.nodes < 1 or self.ranks % self.nodes:
+            raise InputError(f"ranks ({self.ranks}) must be at least 1 and divisible by nodes ({self.nodes})")
+        if self.slots < 0:
+            raise InputError(f"slots must not be negative, got {self.slots}")
+        if self.quality_weight < 0:
+            raise InputError(f"quality-weight must not be negative, got {self.quality_weight}")
