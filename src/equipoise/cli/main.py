@@ -12,8 +12,6 @@ import sys
 import traceback
 
 import click
-import typer
-from typer.core import TyperGroup
 
 from equipoise.errors import InputError
 
@@ -28,10 +26,10 @@ COMMANDS: dict[str, str] = {
     "export": "Write a plan's placement for SGLang, TensorRT-LLM or vllm-ascend.",
     "import": "Turn an engine's expert statistics into a profile.",
 }
-"""Command -> its line in `equipoise --help`. The module is `equipoise.cli.<command>_command`, its app `app`."""
+"""Command -> its line in `equipoise --help`. The module is `equipoise.cli.<command>_command`, its click command `command`."""
 
 
-class _Lazy(TyperGroup):
+class _Lazy(click.Group):
     """Loads a command's module when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -40,9 +38,7 @@ class _Lazy(TyperGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"equipoise.cli.{cmd_name}_command")
-        command = typer.main.get_command(module.app)
-        command.name = cmd_name
+        command: click.Command = importlib.import_module(f"equipoise.cli.{cmd_name}_command").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -50,26 +46,9 @@ class _Lazy(TyperGroup):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-app = typer.Typer(
-    cls=_Lazy,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _version(value: bool) -> None:
-    if value:
-        from equipoise import __version__
-
-        print(f"equipoise {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True)) -> None:
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="equipoise", message="equipoise %(version)s")
+def app() -> None:
     """Keep the experts of Mixture-of-Experts language models in balance at inference, without retraining.
 
     Try it on the bundled model: equipoise balance --out run
@@ -84,7 +63,7 @@ def _fail(code: int, message: str) -> int:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
-        result = typer.main.get_command(app)(arguments, standalone_mode=False)
+        result = app(arguments, prog_name="equipoise", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except InputError as error:
         return _fail(2, str(error))
