@@ -1,0 +1,46 @@
+"""What a format is: the parts a weight is stored as, and the way there and back.
+
+Legend: a weight is [..., out, in] (`out_axis` = -2) or, in families that hold it transposed, [..., in, out]
+(`out_axis` = -1). Leading axes stack slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor of a format: `suffix` is appended to the weight's name."""
+
+    suffix: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Format(Protocol):
+    """A precision. `parts` is enough to count bytes and to build an empty module on the meta device."""
+
+    name: str
+
+    def parts(self, shape: tuple[int, ...], out_axis: int, dtype: torch.dtype) -> tuple[Part, ...]:
+        """Stored tensors of a weight of `shape` whose original dtype is `dtype`."""
+        ...
+
+    def encode(self, weight: torch.Tensor, out_axis: int) -> dict[str, torch.Tensor]:
+        """suffix -> stored tensor."""
+        ...
+
+    def decode(self, stored: Mapping[str, torch.Tensor], out_axis: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weight the stored tensors stand for, in `dtype`."""
+        ...

@@ -1,0 +1,41 @@
+"""int8, symmetric, one float32 scale per output channel (as LLM.int8() holds weights, arXiv 2208.07339).
+
+    scale[o] = max_i |W[o, i]| / 127        q[o, i] = round(W[o, i] / scale[o])        W' = q * scale
+
+An all-zero channel has scale 1. Rounding error is at most scale / 2 an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from equipoise.formats.base import Part
+
+
+def _in_axis(out_axis: int) -> int:
+    return -1 if out_axis == -2 else -2
+
+
+class Int8:
+    """1 byte a weight and 4 bytes an output channel."""
+
+    name = "int8"
+
+    def parts(self, shape: tuple[int, ...], out_axis: int, dtype: torch.dtype) -> tuple[Part, ...]:
+        """The int8 weight and its float32 scales, kept with a 1 on the reduced axis so that they broadcast."""
+        scale = list(shape)
+        scale[_in_axis(out_axis)] = 1
+        return (Part("", shape, torch.int8), Part("_scale", tuple(scale), torch.float32))
+
+    def encode(self, weight: torch.Tensor, out_axis: int) -> dict[str, torch.Tensor]:
+        """Round to nearest (ties to even)."""
+        w = weight.to(torch.float32)
+        scale = w.abs().amax(dim=_in_axis(out_axis), keepdim=True) / 127
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return {"": torch.round(w / scale).clamp_(-127, 127).to(torch.int8), "_scale": scale}
+
+    def decode(self, stored: Mapping[str, torch.Tensor], out_axis: int, dtype: torch.dtype) -> torch.Tensor:
+        """q * scale, multiplied in float32 and rounded once to `dtype`."""
+        return (stored[""].to(torch.float32) * stored["_scale"]).to(dtype)

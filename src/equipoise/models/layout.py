@@ -1,0 +1,153 @@
+"""How a module holds the weights of its routed experts, and how one expert is computed from them.
+
+Two layouts exist: fused parameters behind transformers' experts interface (`FusedLayout`: 60-odd families) and
+a dictionary of expert modules (`SwitchLayout`: Switch Transformers). Both are described by the same list of
+`Weight`, so quantizing, counting bytes and saving know no family.
+
+Legend: E experts, H hidden, I intermediate, T rows (tokens), k experts a token selects.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+Get = Callable[[str], torch.Tensor]
+"""Name of a weight -> the tensor of the expert at hand."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of an expert.
+
+    Attributes:
+        name: as the module calls it; stored tensors are `<name>_<precision><suffix>`.
+        shape: of one expert's tensor.
+        out_axis: -2 for [out, in], -1 for [in, out].
+        dtype: as in the checkpoint.
+        quantizable: False for biases, which every slot keeps as they are.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    out_axis: int
+    dtype: torch.dtype
+    quantizable: bool
+
+
+class ExpertsLayout(ABC):
+    """Layout of one experts module."""
+
+    def __init__(self, module: nn.Module, num_experts: int, weights: tuple[Weight, ...]) -> None:
+        self.module = module
+        self.num_experts = num_experts
+        self.weights = weights
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Original dtype of the expert weights."""
+        return self.weights[0].dtype
+
+    @abstractmethod
+    def expert(self, name: str, e: int) -> torch.Tensor:
+        """Weight `name` of expert e of the untouched module."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Remove the untouched expert weights from the module."""
+
+    @abstractmethod
+    def compute(self, x: torch.Tensor, get: Get) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """One expert on its rows.
+
+        Args:
+            x: [rows, H].
+            get: gives this expert's weights by name.
+
+        Returns:
+            y [rows, H] before the routing weight, and the input of each quantizable weight by name.
+        """
+
+
+class FusedLayout(ExpertsLayout):
+    """Fused parameters `gate_up_proj` (or `up_proj`) [E, out, in] and `down_proj`, as `use_experts_implementation`
+    describes them: `is_transposed`, `has_bias`, `has_gate`, `_apply_gate`, `has_post_expert_norm`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.up = "gate_up_proj" if module.has_gate else "up_proj"
+        self.down = "down_proj"
+        names = [self.up, self.down]
+        if module.has_bias:
+            names += [f"{self.up}_bias", f"{self.down}_bias"]
+        weights = []
+        for name in names:
+            parameter = module.get_parameter(name)
+            quantizable = not name.endswith("_bias")
+            out_axis = -1 if module.is_transposed or not quantizable else -2
+            weights.append(Weight(name, tuple(parameter.shape[1:]), out_axis, parameter.dtype, quantizable))
+        super().__init__(module, module.get_parameter(self.up).shape[0], tuple(weights))
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        """True for a module behind transformers' experts interface that still has its own weights."""
+        described = all(hasattr(module, a) for a in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+        return described and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+
+    def expert(self, name: str, e: int) -> torch.Tensor:
+        return self.module.get_parameter(name)[e]
+
+    def drop(self) -> None:
+        for weight in self.weights:
+            delattr(self.module, weight.name)
+
+    def compute(self, x: torch.Tensor, get: Get) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        module = self.module
+        hidden = self._linear(x, get, self.up)
+        inner = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+        y = self._linear(inner, get, self.down)
+        if module.has_post_expert_norm:
+            y = module.post_expert_norm(y)
+        return y, {self.up: x, self.down: inner}
+
+    def _linear(self, x: torch.Tensor, get: Get, name: str) -> torch.Tensor:
+        weight = get(name)
+        y = x @ weight if self.module.is_transposed else nn.functional.linear(x, weight)
+        return y + get(f"{name}_bias") if self.module.has_bias else y
+
+
+class SwitchLayout(ExpertsLayout):
+    """Switch Transformers: a ModuleDict of experts `expert_<e>`, each `wi` [I, H] and `wo` [H, I], no bias."""
+
+    def __init__(self, module: nn.Module) -> None:
+        first = module["expert_0"]  # type: ignore[index]
+        weights = tuple(
+            Weight(name, tuple(getattr(first, name).weight.shape), -2, getattr(first, name).weight.dtype, True)
+            for name in ("wi", "wo")
+        )
+        self.act = first.act
+        super().__init__(module, len(module), weights)  # type: ignore[arg-type]
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        """True for Switch's experts that still have their own weights."""
+        return type(module).__name__ == "SwitchTransformersExperts" and "expert_0" in dict(module.named_children())
+
+    def expert(self, name: str, e: int) -> torch.Tensor:
+        return self.module.get_parameter(f"expert_{e}.{name}.weight")
+
+    def drop(self) -> None:
+        for e in range(self.num_experts):
+            del self.module[f"expert_{e}"]  # type: ignore[attr-defined]
+
+    def compute(self, x: torch.Tensor, get: Get) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        # Dropout is left out: a balanced model is for inference.
+        inner = self.act(nn.functional.linear(x, get("wi")))
+        return nn.functional.linear(inner, get("wo")), {"wi": x, "wo": inner}
+
+
+LAYOUTS: tuple[type[FusedLayout] | type[SwitchLayout], ...] = (FusedLayout, SwitchLayout)

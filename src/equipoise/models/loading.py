@@ -1,0 +1,189 @@
+"""Loading a model, or only its skeleton: a local directory or a hub id, decoder-only or encoder-decoder.
+
+The skeleton lives on the meta device and costs no memory; it decides whether a family is supported before any
+weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from equipoise.errors import InputError
+from equipoise.models.families import find_layers
+
+QUANT_METHOD = "equipoise"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on disk.
+
+    Attributes:
+        name: as the user gave it.
+        path: local directory.
+        config: its configuration.
+    """
+
+    name: str
+    path: Path
+    config: PretrainedConfig
+
+    @property
+    def is_balanced(self) -> bool:
+        """True for a checkpoint that equipoise wrote."""
+        return (getattr(self.config, "quantization_config", None) or {}).get("quant_method") == QUANT_METHOD
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with its tokenizer."""
+
+    source: ModelSource
+    model: PreTrainedModel
+    tokenizer: Any
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """True for models such as Switch Transformers."""
+        return bool(self.source.config.is_encoder_decoder)
+
+
+def find_source(name: str | Path) -> ModelSource:
+    """Resolve a local directory or a hub id (downloaded or cached) and read its configuration.
+
+    Raises:
+        InputError: no such model, no config.json, a family transformers does not know.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        path = _from_hub(str(name))
+    if not (path / "config.json").is_file():
+        raise InputError(f"no such model: {name} holds no config.json")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+        raise InputError(f"the config.json of {name} is not readable by transformers: {_first_line(error)}") from error
+    return ModelSource(str(name), path, config)
+
+
+def _from_hub(name: str) -> Path:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
+    if looks_local:
+        raise InputError(f"no such model: {name} is neither a directory nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:  # the hub raises a dozen kinds, offline among them
+        raise InputError(
+            f"no such model: {name} is not a local directory, and the hub gave nothing ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The Auto class that builds this configuration as a language model.
+
+    Raises:
+        InputError: transformers has no language-model class for it.
+    """
+    choices = (AutoModelForSeq2SeqLM,) if config.is_encoder_decoder else (AutoModelForCausalLM, AutoModelForImageTextToText)
+    for choice in choices:
+        if type(config) in choice._model_mapping:
+            return choice
+    raise InputError(f"model_type {config.model_type!r} has no language-model class in transformers")
+
+
+def empty_model(source: ModelSource) -> PreTrainedModel:
+    """The model's skeleton on the meta device, checked to have MoE layers that can be balanced.
+
+    Raises:
+        InputError: not an MoE, an unsupported family, already quantized, already balanced.
+    """
+    config = source.config
+    if source.is_balanced:
+        raise InputError(f"{source.name} is balanced already; start from the original model")
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
+        raise InputError(f"{source.name} is quantized already ({method}); equipoise needs 16-bit or float32 experts")
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=_dtype(source))
+    find_layers(model)
+    return model
+
+
+def _dtype(source: ModelSource) -> torch.dtype:
+    """The dtype `from_pretrained(dtype="auto")` would take: the config's, else that of the first float tensor."""
+    if source.config.dtype is not None:
+        return source.config.dtype
+    from safetensors import safe_open
+
+    for file in sorted(source.path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                kind = tensors.get_slice(key).get_dtype()
+                if kind in _SAFETENSORS:
+                    return _SAFETENSORS[kind]
+    raise InputError(f"{source.name} has no safetensors weights; convert it with save_pretrained first")
+
+
+_SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: there is none in the directory.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source.path)
+    except Exception as error:  # tokenizers raise bare Exceptions on damaged files
+        raise InputError(f"{source.name} has no readable tokenizer: {_first_line(error)}") from error
+
+
+def load_model(
+    name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None, tokenizer: bool = True
+) -> LoadedModel:
+    """Load a model, balanced or not, in evaluation mode.
+
+    Args:
+        name: local directory or hub id.
+        dtype: as `from_pretrained`.
+        device: where to put it; None: CUDA when there is one, else the CPU.
+        tokenizer: load the tokenizer too.
+
+    Raises:
+        InputError: no such model, no weights, no tokenizer.
+    """
+    source = find_source(name)
+    words = load_tokenizer(source) if tokenizer else None
+    try:
+        model = auto_class(source.config).from_pretrained(source.path, dtype=dtype)
+    except OSError as error:
+        if not any(source.path.glob("*.safetensors")):
+            raise InputError(f"{source.name} has no safetensors weights: {_first_line(error)}") from error
+        raise
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() and os.environ.get("EQUIPOISE_DEVICE") != "cpu" else "cpu"
+    return LoadedModel(source, model.to(device).eval(), words)
