@@ -1,0 +1,193 @@
+"""Giving a model the slots of a plan, in place: layer by layer, real weights or an empty skeleton.
+
+Everything that can be wrong (another model, a plan that does not fit) is checked before the first weight is
+touched. A layer whose plan is the identity is left exactly as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from equipoise.errors import InputError
+from equipoise.files.plan_json import check_plan, plan_from_json, plan_to_json
+from equipoise.formats import get_format
+from equipoise.models.families import MoELayer, find_layers, is_dispatched
+from equipoise.models.layout import ExpertsLayout, Weight
+from equipoise.runtime.experts import IMPLEMENTATION, Slots, experts_forward, stored_name
+from equipoise.types import LayerPlan, Plan
+
+
+def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Give `model` the slots of `plan`, in place, and return it.
+
+    `model.save_pretrained` then writes a checkpoint that plain `from_pretrained` loads after `import equipoise`.
+
+    Raises:
+        InputError: the plan is not valid, or was made for another model, or the model has a plan already.
+    """
+    if plan_of(model) is not None:
+        raise InputError("the model has a plan already; load the original again to apply another")
+    check_plan(plan)
+    layers = find_layers(model)
+    check_fits(plan, model, layers)
+    for layer, layer_plan in zip(layers, plan.layers, strict=True):
+        if not layer_plan.is_identity:
+            fill_layer(layer, layer_plan)
+    finish(model, plan)
+    return model
+
+
+def check_fits(plan: Plan, model: PreTrainedModel, layers: list[MoELayer]) -> None:
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    wanted = plan.model
+    found: dict[str, Any] = {
+        "model_type": model.config.model_type,
+        "num_layers": len(layers),
+        "num_experts": layers[0].num_experts,
+        "dtype": str(layers[0].layout.dtype).removeprefix("torch."),
+    }
+    for key, value in found.items():
+        if getattr(wanted, key) != value:
+            raise InputError(f"the plan was made for a model with {key} {getattr(wanted, key)!r}, this one has {value!r}")
+    for layer, layer_plan in zip(layers, plan.layers, strict=True):
+        if layer.layer_id != layer_plan.layer or layer.name != layer_plan.name:
+            raise InputError(
+                f"the plan names layer {layer_plan.layer} {layer_plan.name!r} where the model has "
+                f"layer {layer.layer_id} {layer.name!r}"
+            )
+
+
+def fill_layer(layer: MoELayer, plan: LayerPlan) -> None:
+    """Replace a layer's experts by its slots. All new tensors exist before the old ones are dropped."""
+    slots = Slots(layer.layout, plan)
+    tensors: dict[str, torch.Tensor] = {}
+    for weight in layer.layout.weights:
+        for precision, members in _pools(slots, weight).items():
+            form = get_format(precision)
+            first = plan.slots[members[0]].expert
+            example = form.encode(layer.layout.expert(weight.name, first).detach(), weight.out_axis)
+            for suffix, part in example.items():
+                name = stored_name(weight.name, precision, suffix)
+                tensors[name] = part.new_empty((len(members), *part.shape))
+            for place, s in enumerate(members):
+                stored = form.encode(layer.layout.expert(weight.name, plan.slots[s].expert).detach(), weight.out_axis)
+                for suffix, part in stored.items():
+                    tensors[stored_name(weight.name, precision, suffix)][place] = part
+    _install(layer.experts, slots, tensors)
+
+
+def empty_layer(layer: MoELayer, plan: LayerPlan) -> None:
+    """Replace the experts of a skeleton on the meta device by empty slots, ready for a checkpoint."""
+    slots = Slots(layer.layout, plan)
+    _install(
+        layer.experts,
+        slots,
+        {
+            stored_name(weight.name, precision, part.suffix): torch.empty(
+                (len(members), *part.shape), dtype=part.dtype, device="meta"
+            )
+            for weight in layer.layout.weights
+            for precision, members in _pools(slots, weight).items()
+            for part in get_format(precision).parts(weight.shape, weight.out_axis, weight.dtype)
+        },
+    )
+
+
+def _pools(slots: Slots, weight: Weight) -> dict[str, list[int]]:
+    """Slots by the precision the weight is held in; biases stay as they are, stacked over all slots."""
+    if weight.quantizable:
+        return slots.table.pools
+    return {"original": list(range(slots.table.num_slots))}
+
+
+def _install(module: nn.Module, slots: Slots, tensors: dict[str, torch.Tensor]) -> None:
+    slots.layout.drop()
+    for name, tensor in tensors.items():
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    module.equipoise_slots = slots  # type: ignore[assignment]
+    # transformers initialises what it takes for missing on load; these are never missing.
+    module._is_hf_initialized = True  # type: ignore[assignment]
+    if not is_dispatched(slots.layout):
+        module.__class__ = _undispatched(type(module))
+
+
+def _undispatched(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose forward runs the slots, for a family outside the experts interface."""
+    return type(cls.__name__, (cls,), {"forward": experts_forward, "__module__": cls.__module__})
+
+
+def finish(model: PreTrainedModel, plan: Plan) -> None:
+    """Route the model's experts through the registered implementation and attach what saving needs."""
+    from equipoise.runtime.registration import EquipoiseConfig, EquipoiseQuantizer
+
+    dispatch(model)
+    config = EquipoiseConfig(plan=plan_to_json(plan))
+    quantizer = EquipoiseQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+
+
+def dispatch(model: PreTrainedModel) -> None:
+    """Select the registered implementation; layers without slots keep the one they had."""
+    base = model.config._experts_implementation
+    if base in (None, IMPLEMENTATION):
+        base = model.get_correct_experts_implementation(None)
+    for layer in find_layers(model):
+        layer.experts.equipoise_base = base
+    model.set_experts_implementation(IMPLEMENTATION)
+    # A plain attribute survives save_pretrained into config.json, where it makes a load without `import
+    # equipoise` a hard error: transformers refuses an experts implementation that nobody registered.
+    model.config.experts_implementation = IMPLEMENTATION
+
+
+def plan_of(model: PreTrainedModel) -> Plan | None:
+    """The plan a model carries, or None."""
+    config = getattr(model.config, "quantization_config", None)
+    document = config.get("plan") if isinstance(config, dict) else getattr(config, "plan", None)
+    return None if document is None else plan_from_json(document)
+
+
+def slot_bytes(layout: ExpertsLayout, precision: str) -> int:
+    """True bytes of one slot: its weights in that precision, scales and biases included."""
+    return sum(
+        part.nbytes
+        for weight in layout.weights
+        for part in get_format(precision if weight.quantizable else "original").parts(
+            weight.shape, weight.out_axis, weight.dtype
+        )
+    )
+
+
+def expert_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
+    """Actual tensor bytes of the routed experts, counted on the model's own tensors.
+
+    Returns:
+        layer name -> precision -> bytes (biases count as `original`).
+    """
+    out: dict[str, dict[str, int]] = {}
+    for layer in find_layers(model):
+        sizes: dict[str, int] = {}
+        slots: Slots | None = getattr(layer.experts, "equipoise_slots", None)
+        for name, parameter in layer.experts.named_parameters():
+            precision = "original"
+            if slots is not None:
+                precision = _precision_of(name, layer.layout)
+            sizes[precision] = sizes.get(precision, 0) + parameter.numel() * parameter.element_size()
+        out[layer.name] = sizes
+    return out
+
+
+def _precision_of(name: str, layout: ExpertsLayout) -> str:
+    """Precision of a stored tensor by its name; the longest weight name wins (`down_proj_bias`)."""
+    for weight in sorted(layout.weights, key=lambda w: -len(w.name)):
+        if name.startswith(f"{weight.name}_"):
+            return name.removeprefix(f"{weight.name}_").removesuffix("_scale")
+    return "original"

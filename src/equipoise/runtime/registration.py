@@ -1,0 +1,70 @@
+"""What transformers must know: the experts implementation and the checkpoint format, both named `equipoise`.
+
+Imported as soon as both `equipoise` and `transformers.modeling_utils` are. A balanced checkpoint carries its plan
+in `config.json` under `quantization_config`; on load the skeleton gets the plan's empty slots before the weights
+are read into them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from equipoise.errors import InputError
+from equipoise.runtime.experts import IMPLEMENTATION, experts_forward
+
+for _mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+    _mapping.pop(IMPLEMENTATION, None)  # a reload of this module must not fail
+
+
+@register_quantization_config(IMPLEMENTATION)
+class EquipoiseConfig(QuantizationConfigMixin):
+    """`quantization_config` of a balanced checkpoint: the plan, whole."""
+
+    def __init__(self, plan: dict[str, Any] | None = None, **keywords: Any) -> None:
+        if plan is None:
+            raise InputError("quantization_config of a balanced checkpoint has no plan; write it with `equipoise apply`")
+        self.quant_method = IMPLEMENTATION
+        self.plan = plan
+
+
+@register_quantizer(IMPLEMENTATION)
+class EquipoiseQuantizer(HfQuantizer):
+    """Gives the skeleton the plan's slots before transformers reads the weights."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **keywords: Any) -> None:
+        from equipoise.files.plan_json import plan_from_json
+        from equipoise.models.families import find_layers
+        from equipoise.runtime.install import check_fits, dispatch, empty_layer
+
+        plan = plan_from_json(self.quantization_config.plan)
+        layers = find_layers(model)
+        check_fits(plan, model, layers)
+        for layer, layer_plan in zip(layers, plan.layers, strict=True):
+            if not layer_plan.is_identity:
+                empty_layer(layer, layer_plan)
+        dispatch(model)
+
+    def is_serializable(self) -> bool:
+        """Balanced models save as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Balanced models are for inference."""
+        return False
+
+
+if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+    ExpertsInterface.register(IMPLEMENTATION, experts_forward)

@@ -1,0 +1,108 @@
+"""Which slot a token goes to: even, deterministic, a pure function of the batch.
+
+The i-th selection of expert e in the batch (row order, then the order of its top-k) goes to slot
+`pattern[e][i mod len(pattern[e])]`. With even shares the pattern is the expert's slots in turn, original
+precision first, so a batch's loads differ by at most one token between the slots of an expert and a single
+token meets the original weights. Unequal shares use a pattern of 256 entries laid out by largest deficit, so
+that every prefix is as close to the shares as whole tokens allow.
+
+No state is kept between batches: the same batch always gives the same result, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from equipoise.types import LayerPlan
+
+_PATTERN = 256
+
+
+def share_pattern(shares: np.ndarray) -> np.ndarray:
+    """Order in which the slots of one expert take its tokens.
+
+    Args:
+        shares: [r], summing to 1.
+
+    Returns:
+        int64 [r] when the shares are even, else int64 [256]; entries are 0..r-1.
+    """
+    r = len(shares)
+    if np.allclose(shares, 1 / r):
+        return np.arange(r, dtype=np.int64)
+    taken = np.zeros(r)
+    pattern = np.empty(_PATTERN, dtype=np.int64)
+    for i in range(_PATTERN):
+        pattern[i] = int(np.argmax(shares * (i + 1) - taken))
+        taken[pattern[i]] += 1
+    return pattern
+
+
+class SlotTable:
+    """Expert -> slots of one layer, as tensors that follow the batch's device.
+
+    Attributes:
+        num_experts: E.
+        num_slots: S.
+        precision: precision of each slot.
+        pool_index: place of each slot in the pool of its precision.
+        pools: slots of each precision, in order.
+    """
+
+    def __init__(self, layer: LayerPlan) -> None:
+        self.layer = layer
+        self.num_experts = layer.num_experts
+        self.num_slots = len(layer.slots)
+        self.precision = [slot.precision for slot in layer.slots]
+        self.pools: dict[str, list[int]] = {}
+        self.pool_index = []
+        for s, name in enumerate(self.precision):
+            pool = self.pools.setdefault(name, [])
+            self.pool_index.append(len(pool))
+            pool.append(s)
+        by_expert: list[list[int]] = [[] for _ in range(layer.num_experts)]
+        for s, slot in enumerate(layer.slots):
+            by_expert[slot.expert].append(s)
+        patterns = [
+            np.array(slots)[share_pattern(np.array([layer.slots[s].share for s in slots]))] for slots in by_expert
+        ]
+        lengths = [len(p) for p in patterns]
+        # One entry more: dropped selections (expert E) read a pattern of length 1 that is the sentinel slot S.
+        # numpy, because a skeleton is built under `torch.device("meta")`, where a new tensor would have no data.
+        self._arrays = (
+            np.array([*lengths, 1]),
+            np.concatenate([[0], np.cumsum(lengths)]),
+            np.concatenate([*patterns, [self.num_slots]]),
+        )
+        self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def _tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if device not in self._on:
+            length, offset, pattern = (torch.from_numpy(a).to(device) for a in self._arrays)
+            self._on[device] = (length, offset, pattern)
+        return self._on[device]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SlotTable:
+        return SlotTable(self.layer)
+
+    def assign(self, index: torch.Tensor) -> torch.Tensor:
+        """Slot of each selection.
+
+        Args:
+            index: int64 [T, k] experts; E marks a dropped selection.
+
+        Returns:
+            int64 [T, k] slots; S where the selection was dropped.
+        """
+        experts = index.reshape(-1)
+        length, offset, pattern = self._tensors(experts.device)
+        if self.num_slots == self.num_experts:
+            return pattern[offset[experts]].reshape(index.shape)
+        order = torch.argsort(experts, stable=True)
+        count = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=experts.device)
+        count.scatter_add_(0, experts, torch.ones_like(experts))
+        start = torch.cumsum(count, 0) - count
+        rank = torch.empty_like(experts)
+        rank[order] = torch.arange(len(experts), device=experts.device) - start[experts[order]]
+        return pattern[offset[experts] + rank % length[experts]].reshape(index.shape)
