@@ -20,7 +20,7 @@ Array = npt.ArrayLike
 
 
 def _ratio(top: FloatArray, bottom: FloatArray) -> FloatArray:
-    """top / bottom, 1 where bottom is 0 (a layer without load is balanced)."""
+    """Top / bottom, 1 where bottom is 0 (a layer without load is balanced)."""
     return np.divide(top, bottom, out=np.ones_like(top, dtype=np.float64), where=bottom > 0)
 
 
@@ -52,7 +52,7 @@ def slot_lis(slot_load: Array, num_experts: int) -> FloatArray:
 
 
 def max_over_mean(load: Array) -> FloatArray:
-    """max / mean over the last axis: slot imbalance of [..., S], rank imbalance of [..., G]."""
+    """Max / mean over the last axis: slot imbalance of [..., S], rank imbalance of [..., G]."""
     n = np.asarray(load, dtype=np.float64)
     return _ratio(n.max(-1), n.mean(-1))
 

@@ -69,6 +69,7 @@ class PlanOptions:
         group_limited: node-limited routing: experts of a group stay on one node.
         expert_bytes: original bytes of one expert, for traces that carry no sizes.
         quality_weight: how much predicted quality loss weighs against imbalance in `joint`.
+        slot_weight: how much LIS a doubling of a layer's slots must be worth in `joint` (0: fill the budget).
         seed: of everything random.
     """
 
@@ -86,6 +87,7 @@ class PlanOptions:
     group_limited: bool = False
     expert_bytes: int | None = None
     quality_weight: float = 1.0
+    slot_weight: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,7 +98,9 @@ class PlanOptions:
         if self.low_precision is not None:
             _one_of("low precision", self.low_precision, ("int8", "float16"))
         if self.budget is not None and not 0 < self.budget < 1000:
-            raise InputError(f"budget is a multiple of the original expert bytes and must be above 0, got {self.budget}")
+            raise InputError(
+                f"budget is a multiple of the original expert bytes and must be above 0, got {self.budget}"
+            )
         if not 0 <= self.max_quantized <= 1:
             raise InputError(f"max-quantized is a share of a layer's experts in [0, 1], got {self.max_quantized}")
         if self.replicas is not None and self.replicas < 0:
@@ -107,5 +111,8 @@ class PlanOptions:
             raise InputError(f"ranks ({self.ranks}) must be at least 1 and divisible by nodes ({self.nodes})")
         if self.slots < 0:
             raise InputError(f"slots must not be negative, got {self.slots}")
-        if self.quality_weight < 0:
-            raise InputError(f"quality-weight must not be negative, got {self.quality_weight}")
+        for name in ("quality_weight", "slot_weight"):
+            if not 0 <= getattr(self, name) < 1e6:
+                raise InputError(f"{name.replace('_', '-')} must be in [0, 1e6), got {getattr(self, name)}")
+        if self.seed < 0:
+            raise InputError(f"seed must not be negative, got {self.seed}")

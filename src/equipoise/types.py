@@ -106,7 +106,7 @@ class LayerPlan:
         return np.bincount([s.expert for s in self.slots], minlength=self.num_experts).astype(np.int64)
 
     def quantized(self) -> npt.NDArray[np.bool_]:
-        """bool [E]. Experts of which no slot is left at the original precision."""
+        """Bool [E]. Experts of which no slot is left at the original precision."""
         kept = np.zeros(self.num_experts, dtype=bool)
         kept[[s.expert for s in self.slots if s.precision == "original"]] = True
         return ~kept

@@ -26,7 +26,7 @@ COMMANDS: dict[str, str] = {
     "export": "Write a plan's placement for SGLang, TensorRT-LLM or vllm-ascend.",
     "import": "Turn an engine's expert statistics into a profile.",
 }
-"""Command -> its line in `equipoise --help`. The module is `equipoise.cli.<command>_command`, its click command `command`."""
+"""Command -> its line in `equipoise --help`. Its module is `equipoise.cli.<name>_command`, which has `command`."""
 
 
 class _Lazy(click.Group):

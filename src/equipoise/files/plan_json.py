@@ -1,10 +1,10 @@
 """Plans as JSON that a person can read and diff: one line a slot list, versioned, unknown keys refused.
 
-    {"format": "equipoise-plan", "version": 1, "model": {...}, "profile_sha256": "...", "preset": "joint",
-     "seed": 0, "budget": {"original_bytes": ..., "limit_bytes": ..., "plan_bytes": ...}, "ranks": 1,
-     "predicted": {"lis": 1.02},
-     "layers": [{"layer": 0, "name": "model.layers.0.mlp.experts", "num_experts": 8,
-                 "slots": [[0, "original", 0], [0, "int8", 0], ...], "shares": [0.5, 0.5, ...]}]}
+{"format": "equipoise-plan", "version": 1, "model": {...}, "profile_sha256": "...", "preset": "joint",
+"seed": 0, "budget": {"original_bytes": ..., "limit_bytes": ..., "plan_bytes": ...}, "ranks": 1,
+"predicted": {"lis": 1.02},
+"layers": [{"layer": 0, "name": "model.layers.0.mlp.experts", "num_experts": 8,
+"slots": [[0, "original", 0], [0, "int8", 0], ...], "shares": [0.5, 0.5, ...]}]}
 """
 
 from __future__ import annotations

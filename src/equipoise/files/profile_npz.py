@@ -72,7 +72,15 @@ def load_profile(path: Path) -> Profile:
     try:
         with np.load(path, allow_pickle=False) as archive:
             data = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, NotImplementedError, SyntaxError) as error:
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        KeyError,
+        NotImplementedError,
+        SyntaxError,
+    ) as error:
         why = "it holds pickled arrays" if "pickle" in str(error).lower() else f"it is not a readable .npz ({error})"
         raise InputError(f"profile {path} is refused: {why}; write it with `equipoise profile`") from error
     except Exception as error:  # zlib.error, struct.error, UnicodeDecodeError: a damaged archive
@@ -136,7 +144,9 @@ def check_profile(profile: Profile) -> Profile:
     topk_ids = profile.topk_ids
     if topk_ids is not None:
         if topk_ids.ndim != 3 or topk_ids.shape[1] != layers or topk_ids.dtype.kind not in "iu":
-            raise InputError(f"topk_ids has shape {topk_ids.shape} and dtype {topk_ids.dtype}; [tokens, {layers}, k] of integers is needed")
+            raise InputError(
+                f"topk_ids is {topk_ids.dtype} {topk_ids.shape}; integers [tokens, {layers}, k] are needed"
+            )
         if topk_ids.size and (int(topk_ids.min()) < 0 or int(topk_ids.max()) >= experts):
             raise InputError(f"topk_ids holds an expert outside 0..{experts - 1}")
     importance = {}
@@ -147,10 +157,10 @@ def check_profile(profile: Profile) -> Profile:
             raise InputError(f"importance_{name} holds NaN or inf")
         importance[name] = values.astype(np.float32)
     sizes = {}
-    for name, values in profile.expert_bytes.items():
+    for name, amounts in profile.expert_bytes.items():
         if name not in PRECISIONS:
             raise InputError(f"expert_bytes_{name}: precision {name!r} is not one of {', '.join(PRECISIONS)}")
-        sizes[name] = _whole(values, f"expert_bytes_{name}", 2)
+        sizes[name] = _whole(amounts, f"expert_bytes_{name}", 2)
         if sizes[name].shape != counts.shape or (sizes[name] < 1).any():
             raise InputError(f"expert_bytes_{name} must be positive and of shape {counts.shape}")
     top_k = profile.meta.get("top_k")

@@ -1,5 +1,7 @@
-"""Precisions a slot can be held in. A format says which tensors it stores, of which shape and dtype (so bytes
-are known without any tensor), and turns a weight into them and back.
+"""Precisions a slot can be held in.
+
+A format says which tensors it stores, of which shape and dtype (so bytes are known without any tensor), and turns
+a weight into them and back.
 
 To add one: write a module with a `Format` and name it here and in `equipoise.types.Precision`.
 """

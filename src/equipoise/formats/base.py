@@ -38,7 +38,7 @@ class Format(Protocol):
         ...
 
     def encode(self, weight: torch.Tensor, out_axis: int) -> dict[str, torch.Tensor]:
-        """suffix -> stored tensor."""
+        """Suffix -> stored tensor."""
         ...
 
     def decode(self, stored: Mapping[str, torch.Tensor], out_axis: int, dtype: torch.dtype) -> torch.Tensor:

@@ -37,5 +37,5 @@ class Int8:
         return {"": torch.round(w / scale).clamp_(-127, 127).to(torch.int8), "_scale": scale}
 
     def decode(self, stored: Mapping[str, torch.Tensor], out_axis: int, dtype: torch.dtype) -> torch.Tensor:
-        """q * scale, multiplied in float32 and rounded once to `dtype`."""
+        """Q * scale, multiplied in float32 and rounded once to `dtype`."""
         return (stored[""].to(torch.float32) * stored["_scale"]).to(dtype)

@@ -7,8 +7,8 @@ from equipoise.models.loading import LoadedModel, ModelSource, empty_model, load
 __all__ = [
     "ExpertsLayout",
     "LoadedModel",
-    "ModelSource",
     "MoELayer",
+    "ModelSource",
     "Weight",
     "empty_model",
     "find_layers",

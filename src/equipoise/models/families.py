@@ -55,7 +55,7 @@ def find_layers(model: nn.Module) -> list[MoELayer]:
     Raises:
         InputError: no routed experts, a family whose experts cannot be dispatched, or layers that differ in E.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     layers = []
     for name, module in model.named_modules():
         layout = layout_of(module)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ class Weight:
         out_axis: -2 for [out, in], -1 for [in, out].
         dtype: as in the checkpoint.
         quantizable: False for biases, which every slot keeps as they are.
+        matrices: rows of the out axis of each matrix that the weight fuses (gate and up are two).
     """
 
     name: str
@@ -37,13 +39,14 @@ class Weight:
     out_axis: int
     dtype: torch.dtype
     quantizable: bool
+    matrices: tuple[slice, ...] = (slice(None),)
 
 
 class ExpertsLayout(ABC):
     """Layout of one experts module."""
 
-    def __init__(self, module: nn.Module, num_experts: int, weights: tuple[Weight, ...]) -> None:
-        self.module = module
+    def __init__(self, module: Any, num_experts: int, weights: tuple[Weight, ...]) -> None:
+        self.module: Any = module
         self.num_experts = num_experts
         self.weights = weights
 
@@ -73,12 +76,16 @@ class ExpertsLayout(ABC):
         """
 
 
+_INTERLEAVED = (slice(0, None, 2), slice(1, None, 2))
+
+
 class FusedLayout(ExpertsLayout):
-    """Fused parameters `gate_up_proj` (or `up_proj`) [E, out, in] and `down_proj`, as `use_experts_implementation`
-    describes them: `is_transposed`, `has_bias`, `has_gate`, `_apply_gate`, `has_post_expert_norm`.
+    """Fused parameters behind `use_experts_implementation`: `gate_up_proj` (or `up_proj`) and `down_proj`, [E, out, in].
+
+    The decorator describes the rest: `is_transposed`, `has_bias`, `has_gate`, `_apply_gate`, `has_post_expert_norm`.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.up = "gate_up_proj" if module.has_gate else "up_proj"
         self.down = "down_proj"
         names = [self.up, self.down]
@@ -89,7 +96,12 @@ class FusedLayout(ExpertsLayout):
             parameter = module.get_parameter(name)
             quantizable = not name.endswith("_bias")
             out_axis = -1 if module.is_transposed or not quantizable else -2
-            weights.append(Weight(name, tuple(parameter.shape[1:]), out_axis, parameter.dtype, quantizable))
+            shape = tuple(parameter.shape[1:])
+            matrices: tuple[slice, ...] = (slice(None),)
+            if name == "gate_up_proj":
+                half = shape[out_axis] // 2
+                matrices = (slice(0, half), slice(half, None)) if module.is_concatenated else _INTERLEAVED
+            weights.append(Weight(name, shape, out_axis, parameter.dtype, quantizable, matrices))
         super().__init__(module, module.get_parameter(self.up).shape[0], tuple(weights))
 
     @staticmethod
@@ -99,13 +111,16 @@ class FusedLayout(ExpertsLayout):
         return described and isinstance(getattr(module, "down_proj", None), nn.Parameter)
 
     def expert(self, name: str, e: int) -> torch.Tensor:
+        """Slice e of the fused parameter."""
         return self.module.get_parameter(name)[e]
 
     def drop(self) -> None:
+        """Delete the fused parameters."""
         for weight in self.weights:
             delattr(self.module, weight.name)
 
     def compute(self, x: torch.Tensor, get: Get) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Up, gate, down, and the norm after the expert where the family has one."""
         module = self.module
         hidden = self._linear(x, get, self.up)
         inner = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
@@ -123,14 +138,14 @@ class FusedLayout(ExpertsLayout):
 class SwitchLayout(ExpertsLayout):
     """Switch Transformers: a ModuleDict of experts `expert_<e>`, each `wi` [I, H] and `wo` [H, I], no bias."""
 
-    def __init__(self, module: nn.Module) -> None:
-        first = module["expert_0"]  # type: ignore[index]
+    def __init__(self, module: Any) -> None:
+        first = module["expert_0"]
         weights = tuple(
             Weight(name, tuple(getattr(first, name).weight.shape), -2, getattr(first, name).weight.dtype, True)
             for name in ("wi", "wo")
         )
         self.act = first.act
-        super().__init__(module, len(module), weights)  # type: ignore[arg-type]
+        super().__init__(module, len(module), weights)
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
@@ -138,13 +153,16 @@ class SwitchLayout(ExpertsLayout):
         return type(module).__name__ == "SwitchTransformersExperts" and "expert_0" in dict(module.named_children())
 
     def expert(self, name: str, e: int) -> torch.Tensor:
+        """Weight of the module `expert_<e>`."""
         return self.module.get_parameter(f"expert_{e}.{name}.weight")
 
     def drop(self) -> None:
+        """Delete the expert modules."""
         for e in range(self.num_experts):
-            del self.module[f"expert_{e}"]  # type: ignore[attr-defined]
+            del self.module[f"expert_{e}"]
 
     def compute(self, x: torch.Tensor, get: Get) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """wi, activation, wo."""
         # Dropout is left out: a balanced model is for inference.
         inner = self.act(nn.functional.linear(x, get("wi")))
         return nn.functional.linear(inner, get("wo")), {"wi": x, "wo": inner}

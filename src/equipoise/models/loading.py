@@ -106,7 +106,9 @@ def auto_class(config: PretrainedConfig) -> Any:
     Raises:
         InputError: transformers has no language-model class for it.
     """
-    choices = (AutoModelForSeq2SeqLM,) if config.is_encoder_decoder else (AutoModelForCausalLM, AutoModelForImageTextToText)
+    choices = (
+        (AutoModelForSeq2SeqLM,) if config.is_encoder_decoder else (AutoModelForCausalLM, AutoModelForImageTextToText)
+    )
     for choice in choices:
         if type(config) in choice._model_mapping:
             return choice
@@ -135,7 +137,8 @@ def empty_model(source: ModelSource) -> PreTrainedModel:
 def _dtype(source: ModelSource) -> torch.dtype:
     """The dtype `from_pretrained(dtype="auto")` would take: the config's, else that of the first float tensor."""
     if source.config.dtype is not None:
-        return source.config.dtype
+        dtype = source.config.dtype
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
     from safetensors import safe_open
 
     for file in sorted(source.path.glob("*.safetensors")):
@@ -163,7 +166,11 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_model(
-    name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None, tokenizer: bool = True
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    tokenizer: bool = True,
 ) -> LoadedModel:
     """Load a model, balanced or not, in evaluation mode.
 

@@ -56,7 +56,9 @@ def check_fits(plan: Plan, model: PreTrainedModel, layers: list[MoELayer]) -> No
     }
     for key, value in found.items():
         if getattr(wanted, key) != value:
-            raise InputError(f"the plan was made for a model with {key} {getattr(wanted, key)!r}, this one has {value!r}")
+            raise InputError(
+                f"the plan was made for a model with {key} {getattr(wanted, key)!r}, this one has {value!r}"
+            )
     for layer, layer_plan in zip(layers, plan.layers, strict=True):
         if layer.layer_id != layer_plan.layer or layer.name != layer_plan.name:
             raise InputError(
@@ -131,7 +133,7 @@ def finish(model: PreTrainedModel, plan: Plan) -> None:
     dispatch(model)
     config = EquipoiseConfig(plan=plan_to_json(plan))
     quantizer = EquipoiseQuantizer(config, pre_quantized=True)
-    model.hf_quantizer = quantizer
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
     quantizer.postprocess_model(model)
 
 

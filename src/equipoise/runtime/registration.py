@@ -32,8 +32,10 @@ class EquipoiseConfig(QuantizationConfigMixin):
 
     def __init__(self, plan: dict[str, Any] | None = None, **keywords: Any) -> None:
         if plan is None:
-            raise InputError("quantization_config of a balanced checkpoint has no plan; write it with `equipoise apply`")
-        self.quant_method = IMPLEMENTATION
+            raise InputError(
+                "quantization_config of a balanced checkpoint has no plan; write it with `equipoise apply`"
+            )
+        self.quant_method = IMPLEMENTATION  # type: ignore[assignment]
         self.plan = plan
 
 
@@ -48,7 +50,7 @@ class EquipoiseQuantizer(HfQuantizer):
         from equipoise.models.families import find_layers
         from equipoise.runtime.install import check_fits, dispatch, empty_layer
 
-        plan = plan_from_json(self.quantization_config.plan)
+        plan = plan_from_json(self.quantization_config.plan)  # type: ignore[attr-defined]
         layers = find_layers(model)
         check_fits(plan, model, layers)
         for layer, layer_plan in zip(layers, plan.layers, strict=True):

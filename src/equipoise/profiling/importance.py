@@ -1,0 +1,123 @@
+"""What an expert is worth, measured on calibration tokens. Load and importance are different things.
+
+`wanda` (R&Q Algorithm 2, arXiv 2602.19938, after Wanda, arXiv 2306.11695): for each weight matrix of an expert
+    S[o, i] = |W[o, i]| * ||X[:, i]||_2
+with X the inputs that reached the expert; the lowest half of S (what pruning would remove) is averaged per matrix
+and then over the expert's matrices. The paper reads a lower score as higher importance.
+
+`error`: the output error that lower precision of this expert alone would cause, as a share of the layer's routed
+output on the same tokens,
+    sum_t w[t]^2 ||f(x_t) - f_low(x_t)||^2  /  sum_t ||sum_j w[t, j] f_j(x_t)||^2.
+Larger means that lowering its precision costs more. An expert that got no token has 0.
+
+Cost: the experts of the observed batches are computed once more at full and once at low precision.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from equipoise.formats import get_format
+from equipoise.models.families import MoELayer, Routing
+from equipoise.models.layout import Get, Weight
+
+WANDA_FRACTION = 0.5
+"""Fraction of weights pruning would remove: Wanda's usual 50 % sparsity."""
+
+
+def low_precision(dtype: torch.dtype) -> str:
+    """The lower precision of R&Q: int8 for 16-bit models, float16 for float32 models."""
+    return "float16" if dtype == torch.float32 else "int8"
+
+
+class ImportanceMeter:
+    """Accumulates `wanda` and `error` over the batches it observes (see `equipoise.profiling.watch`)."""
+
+    def __init__(self, layers: list[MoELayer]) -> None:
+        self.layers = layers
+        shape = (len(layers), layers[0].num_experts)
+        self._error = np.zeros(shape)
+        self._energy = np.zeros(len(layers))
+        # Squared norms of each weight's inputs, by (layer, expert, weight).
+        self._squares: dict[tuple[int, int, str], torch.Tensor] = {}
+
+    @torch.no_grad()
+    def observe(self, row: int, layer: MoELayer, routing: Routing, real: torch.Tensor | None) -> None:
+        """Take one forward of one layer into account."""
+        layout = layer.layout
+        index = routing.index if real is None else routing.index.masked_fill(~real[:, None], layer.num_experts)
+        hidden = routing.hidden
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        form = get_format(low_precision(layout.dtype))
+        for e in range(layer.num_experts):
+            tokens, place = torch.where(index == e)
+            if not len(tokens):
+                continue
+            x = hidden[tokens]
+            weight = routing.weights[tokens, place, None].float()
+
+            def original(name: str, e: int = e) -> torch.Tensor:
+                return layout.expert(name, e).detach()
+
+            y, inputs = layout.compute(x, original)
+            for name, values in inputs.items():
+                squares = values.float().square().sum(0)
+                key = (row, e, name)
+                self._squares[key] = self._squares[key] + squares if key in self._squares else squares
+            lowered = {
+                w.name: form.decode(form.encode(original(w.name), w.out_axis), w.out_axis, hidden.dtype)
+                if w.quantizable
+                else original(w.name)
+                for w in layout.weights
+            }
+            low, _ = layout.compute(x, lowered.__getitem__)
+            self._error[row, e] += float((weight * (y.float() - low.float())).square().sum())
+            total.index_add_(0, tokens, weight * y.float())
+        self._energy[row] += float(total.square().sum())
+
+    def results(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Name -> float32 [L, E]: `wanda` and `error` over everything observed."""
+        energy = np.where(self._energy > 0, self._energy, 1.0)
+        wanda = np.zeros_like(self._error)
+        for row, layer in enumerate(self.layers):
+            for e in range(layer.num_experts):
+                wanda[row, e] = self._wanda(row, layer, e)
+        return {
+            "error": (self._error / energy[:, None]).astype(np.float32),
+            "wanda": wanda.astype(np.float32),
+        }
+
+    @torch.no_grad()
+    def _wanda(self, row: int, layer: MoELayer, e: int) -> float:
+        """Algorithm 2 for one expert; 0 when it got no token."""
+        means = []
+        for weight in layer.layout.weights:
+            squares = self._squares.get((row, e, weight.name))
+            if not weight.quantizable:
+                continue
+            if squares is None:
+                return 0.0
+            means += [
+                _lowest_mean(matrix, squares.sqrt())
+                for matrix in _matrices(weight, lambda name: layer.layout.expert(name, e).detach())
+            ]
+        return float(np.mean(means))
+
+
+def _matrices(weight: Weight, get: Get) -> list[torch.Tensor]:
+    """The matrices a weight fuses, each [out, in]."""
+    w = get(weight.name)
+    w = w.transpose(-1, -2) if weight.out_axis == -1 else w
+    return [w[rows] for rows in weight.matrices]
+
+
+def _lowest_mean(matrix: torch.Tensor, norms: torch.Tensor) -> float:
+    """Mean of the lowest `WANDA_FRACTION` of |W| * norm, over [out, in]."""
+    scores = (matrix.float().abs() * norms).reshape(-1)
+    k = max(1, int(len(scores) * WANDA_FRACTION))
+    # k-th smallest in linear time; ties at the threshold share its value, so the mean is exact.
+    threshold = torch.kthvalue(scores, k).values
+    below = scores < threshold
+    return float((scores[below].sum() + threshold * (k - below.sum())) / k)

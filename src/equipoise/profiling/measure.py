@@ -1,0 +1,139 @@
+"""`profile`: load on all calibration batches, importance on some of them spread over the data.
+
+Counting costs a few per cent of a forward; importance computes the experts of its batches again, so it is
+measured on about `importance_tokens` tokens only. Only the base model runs: logits are not needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from equipoise.errors import InputError
+from equipoise.models.families import find_layers
+from equipoise.options import ProfileOptions
+from equipoise.profiling.importance import ImportanceMeter, low_precision
+from equipoise.profiling.watching import watch
+from equipoise.progress import Track, quietly
+from equipoise.runtime.install import plan_of, slot_bytes
+from equipoise.types import IntArray, Profile
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@torch.no_grad()
+def profile(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    options: ProfileOptions | None = None,
+    *,
+    track: Track = quietly,
+    model_name: str | None = None,
+    data: str = "",
+) -> Profile:
+    """Measure load and importance of every routed expert.
+
+    Args:
+        model: the original model, in evaluation mode.
+        batches: dicts with `input_ids` and `attention_mask` [B, Q] (and `decoder_input_ids` where there is a decoder).
+        options: how many windows and importance tokens to keep.
+        track: progress.
+        model_name: written into the profile; the config's name otherwise.
+        data: what the batches are, written into the profile.
+
+    Raises:
+        InputError: no batch, no token, an unsupported family, or a model that has a plan already.
+    """
+    options = options or ProfileOptions()
+    if plan_of(model) is not None:
+        raise InputError("the model is balanced already; profile the original")
+    layers = find_layers(model)
+    items = list(batches)
+    if not items:
+        raise InputError("there is no batch to profile on")
+    meter = ImportanceMeter(layers)
+    sampled = _spread(items, options.importance_tokens)
+    observing = False
+
+    def observe(*arguments: Any) -> None:
+        if observing:
+            meter.observe(*arguments)
+
+    steps = []
+    before = np.zeros((len(layers), layers[0].num_experts), dtype=np.int64)
+    runner = _runner(model, [layer.name for layer in layers])
+    with watch(model, observe) as load:
+        for i, batch in enumerate(track(items, len(items), "profiling")):
+            observing = i in sampled
+            runner(**_inputs(model, batch))
+            now = load.counts
+            steps.append(now - before)
+            before = now
+        top_k = load.top_k
+    if not before.any():
+        raise InputError("no token of the calibration data reached a routed expert; is it all padding?")
+    dtype = layers[0].layout.dtype
+    low = low_precision(dtype)
+    return Profile(
+        counts=before,
+        layer_ids=np.array([layer.layer_id for layer in layers]),
+        layer_names=tuple(layer.name for layer in layers),
+        series=_windows(np.stack(steps), options.windows),
+        importance=meter.results() if sampled else {},
+        expert_bytes={
+            precision: np.array([[slot_bytes(layer.layout, precision)] * layer.num_experts for layer in layers])
+            for precision in dict.fromkeys(("original", "int8", low))
+        },
+        meta={
+            "model": model_name or model.config.name_or_path or type(model).__name__,
+            "model_type": model.config.model_type,
+            "top_k": top_k,
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokens": int(sum(int(batch["attention_mask"].sum()) for batch in items)),
+            "data": data,
+            "importance_tokens": int(sum(int(items[i]["attention_mask"].sum()) for i in sampled)),
+            "low_precision": low,
+            "created_by": _created_by(),
+        },
+    )
+
+
+def _created_by() -> str:
+    from equipoise import __version__
+
+    return f"equipoise {__version__}"
+
+
+def _spread(items: list[Batch], tokens: int) -> set[int]:
+    """Numbers of the batches to measure importance on: enough for `tokens`, spread evenly."""
+    if not tokens:
+        return set()
+    mean = sum(int(batch["attention_mask"].sum()) for batch in items) / len(items)
+    wanted = min(len(items), max(1, math.ceil(tokens / max(mean, 1))))
+    return {int(i) for i in (np.arange(wanted) + 0.5) * len(items) / wanted}
+
+
+def _windows(steps: IntArray, most: int) -> IntArray:
+    """Steps [n, L, E] summed into at most `most` windows of adjacent steps."""
+    edges = np.unique(np.linspace(0, len(steps), min(most, len(steps)), endpoint=False).astype(int))
+    return np.add.reduceat(steps, edges, axis=0)
+
+
+def _runner(model: PreTrainedModel, names: list[str]) -> Any:
+    """The base model when all MoE layers are inside it (its head is not needed), else the model."""
+    prefix = model.base_model_prefix
+    inside = prefix and hasattr(model, prefix) and all(name.startswith(f"{prefix}.") for name in names)
+    return getattr(model, prefix) if inside else model
+
+
+def _inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    keep = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+    inputs: dict[str, Any] = {k: batch[k].to(model.device) for k in keep if k in batch}
+    if not model.config.is_encoder_decoder:
+        inputs["use_cache"] = False
+    return inputs
