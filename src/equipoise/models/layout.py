@@ -63,6 +63,10 @@ class ExpertsLayout(ABC):
     def drop(self) -> None:
         """Remove the untouched expert weights from the module."""
 
+    def is_expert_weight(self, name: str) -> bool:
+        """Whether a parameter of the module, balanced or not, belongs to its experts (a norm after them does not)."""
+        return any(weight.name in name for weight in self.weights)
+
     @abstractmethod
     def compute(self, x: torch.Tensor, get: Get) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One expert on its rows.
@@ -80,7 +84,7 @@ _INTERLEAVED = (slice(0, None, 2), slice(1, None, 2))
 
 
 class FusedLayout(ExpertsLayout):
-    """Fused parameters behind `use_experts_implementation`: `gate_up_proj` (or `up_proj`) and `down_proj`, [E, out, in].
+    """Fused parameters [E, out, in] behind `use_experts_implementation`: `gate_up_proj` or `up_proj`, and `down_proj`.
 
     The decorator describes the rest: `is_transposed`, `has_bias`, `has_gate`, `_apply_gate`, `has_post_expert_norm`.
     """

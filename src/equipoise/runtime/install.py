@@ -174,17 +174,18 @@ def expert_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     Returns:
         layer name -> precision -> bytes (biases count as `original`).
     """
-    out: dict[str, dict[str, int]] = {}
-    for layer in find_layers(model):
-        sizes: dict[str, int] = {}
-        slots: Slots | None = getattr(layer.experts, "equipoise_slots", None)
-        for name, parameter in layer.experts.named_parameters():
-            precision = "original"
-            if slots is not None:
-                precision = _precision_of(name, layer.layout)
+    return {layer.name: stored_bytes(layer) for layer in find_layers(model)}
+
+
+def stored_bytes(layer: MoELayer) -> dict[str, int]:
+    """Actual tensor bytes of one layer's experts by precision (biases count as `original`)."""
+    balanced = hasattr(layer.experts, "equipoise_slots")
+    sizes: dict[str, int] = {}
+    for name, parameter in layer.experts.named_parameters():
+        if layer.layout.is_expert_weight(name):
+            precision = _precision_of(name, layer.layout) if balanced else "original"
             sizes[precision] = sizes.get(precision, 0) + parameter.numel() * parameter.element_size()
-        out[layer.name] = sizes
-    return out
+    return sizes
 
 
 def _precision_of(name: str, layout: ExpertsLayout) -> str:

@@ -1,0 +1,95 @@
+"""The weights of a checkpoint on disk, read lazily: which file holds which tensor, and what belongs to which layer.
+
+Names on disk differ from the model's (most families store one tensor an expert and transformers fuses them on
+load). transformers' own conversion rules say which stored tensors make up an experts module; no rule is written
+here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from equipoise.errors import InputError
+from equipoise.models.loading import ModelSource
+
+INDEX = "model.safetensors.index.json"
+
+
+class StoredWeights:
+    """The safetensors files of a checkpoint.
+
+    Attributes:
+        files: tensor name -> file.
+    """
+
+    def __init__(self, source: ModelSource) -> None:
+        index = source.path / INDEX
+        single = source.path / "model.safetensors"
+        if index.is_file():
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self.files = {name: source.path / file for name, file in weight_map.items()}
+        elif single.is_file():
+            self.files = dict.fromkeys(_names(single), single)
+        else:
+            raise InputError(f"{source.name} has no safetensors weights; convert it with save_pretrained first")
+        for file in set(self.files.values()):
+            if not file.is_file():
+                raise InputError(f"{source.name} is incomplete: {file.name} is missing")
+
+    @property
+    def largest_file(self) -> int:
+        """Bytes of the largest file: the source's shard size."""
+        return max(file.stat().st_size for file in set(self.files.values()))
+
+    @contextmanager
+    def read(self, names: list[str]) -> Iterator[dict[str, Any]]:
+        """Lazy slices of the named tensors; a tensor is read when transformers (or `[:]`) asks for it."""
+        with ExitStack() as stack:
+            handles: dict[Path, Any] = {}
+            for name in names:
+                file = self.files[name]
+                if file not in handles:
+                    handles[file] = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+            yield {name: handles[self.files[name]].get_slice(name) for name in names}
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise InputError(f"{file} is not a readable safetensors file ({error})") from error
+
+
+def names_by_layer(model: PreTrainedModel, stored: StoredWeights, layers: list[str]) -> dict[str, list[str]]:
+    """Which stored tensors make up each experts module.
+
+    Args:
+        model: the skeleton, with its original experts.
+        stored: the checkpoint.
+        layers: module paths of the experts.
+
+    Returns:
+        module path -> stored names; "" -> everything else.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    expected = model.state_dict()
+    out: dict[str, list[str]] = defaultdict(list)
+    for name in stored.files:
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        if renamed not in expected and name in expected:
+            renamed = name
+        out[next((layer for layer in layers if renamed.startswith(f"{layer}.")), "")].append(name)
+    return out

@@ -1,0 +1,188 @@
+"""`apply --out`: a balanced checkpoint written shard by shard.
+
+For each MoE layer the stored experts are read and fused by transformers' own loader into a skeleton on the meta
+device, turned into slots by the same code that balances a model in memory (so both are equal bit for bit), written,
+and dropped again. Everything else is copied file by file under its stored name.
+
+Peak memory: one source shard, or what one layer needs while it is converted, whichever is more; the model is never
+loaded whole. The destination appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from equipoise.checkpoint.source import INDEX, StoredWeights, names_by_layer
+from equipoise.errors import InputError
+from equipoise.files.atomic import atomic_directory, require_destination
+from equipoise.files.plan_json import check_plan, plan_to_json
+from equipoise.models.families import MoELayer, find_layers
+from equipoise.models.loading import ModelSource, empty_model, find_source
+from equipoise.progress import Track, quietly
+from equipoise.runtime.experts import IMPLEMENTATION
+from equipoise.runtime.install import check_fits, fill_layer, stored_bytes
+from equipoise.types import Plan
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
+
+
+def apply_checkpoint(
+    model: str | Path, plan: Plan, out: str | Path, *, force: bool = False, track: Track = quietly
+) -> dict[str, dict[str, int]]:
+    """Write the balanced checkpoint of a model directory.
+
+    Args:
+        model: the original, a local directory or a hub id.
+        plan: made for this model.
+        out: destination directory.
+        force: replace an existing destination.
+        track: progress.
+
+    Returns:
+        layer name -> precision -> bytes actually written for its experts.
+
+    Raises:
+        InputError: before anything is written, when model, plan or destination will not do.
+    """
+    out = Path(out)
+    require_destination(out, force)
+    source = find_source(model)
+    if out.exists() and out.resolve() == source.path.resolve():
+        raise InputError(f"{out} is the original model itself; give another --out")
+    skeleton = empty_model(source)
+    check_plan(plan)
+    layers = find_layers(skeleton)
+    check_fits(plan, skeleton, layers)
+    stored = StoredWeights(source)
+    changed = {
+        layer.name: (layer, layer_plan)
+        for layer, layer_plan in zip(layers, plan.layers, strict=True)
+        if not layer_plan.is_identity
+    }
+    names = names_by_layer(skeleton, stored, list(changed))
+    _check_room(out, stored, plan)
+    with atomic_directory(out, force) as partial:
+        shards = _Shards(partial)
+        rest = _by_file(stored, names[""])
+        for file_names in track(rest, len(rest), "copying weights"):
+            with stored.read(file_names) as slices:
+                shards.write({name: tensor[:] for name, tensor in slices.items()})
+        sizes = {}
+        for name, (layer, layer_plan) in track(changed.items(), len(changed), "writing experts"):
+            _read_layer(skeleton, stored, names[name], layer)
+            fill_layer(layer, layer_plan)
+            tensors = {f"{name}.{key}": p.detach() for key, p in layer.experts.named_parameters()}
+            sizes[name] = stored_bytes(layer)
+            shards.write(tensors)
+            del tensors
+            _forget(layer.experts)
+        shards.finish()
+        _copy_other_files(source, partial)
+        _write_config(source, partial, plan)
+    return sizes
+
+
+class _Shards:
+    """Numbers the output files and remembers what is in each."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.parts: list[list[str]] = []
+        self.bytes = 0
+
+    def _part(self, number: int) -> Path:
+        return self.directory / f"part-{number:05d}.safetensors"
+
+    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write one file."""
+        if tensors:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, self._part(len(self.parts)), {"format": "pt"})
+            self.parts.append(list(tensors))
+            self.bytes += sum(v.numel() * v.element_size() for v in tensors.values())
+
+    def finish(self) -> None:
+        """Give the files their final names and write the index."""
+        total = len(self.parts)
+        weight_map = {}
+        for number, names in enumerate(self.parts):
+            final = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+            self._part(number).rename(self.directory / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _by_file(stored: StoredWeights, names: list[str]) -> list[list[str]]:
+    files: dict[Path, list[str]] = {}
+    for name in names:
+        files.setdefault(stored.files[name], []).append(name)
+    return [files[file] for file in sorted(files)]
+
+
+def _read_layer(skeleton: PreTrainedModel, stored: StoredWeights, names: list[str], layer: MoELayer) -> None:
+    """Fill one experts module of the skeleton with its stored weights, as `from_pretrained` would."""
+    dtype = layer.layout.dtype
+    config = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=skeleton._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(skeleton),
+    )
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with stored.read(names) as slices:
+            info, _ = convert_and_load_state_dict_in_model(skeleton, slices, config)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+    empty = [name for name, p in layer.experts.named_parameters() if p.is_meta]
+    if empty or info.conversion_errors:
+        raise InputError(f"the checkpoint lacks weights of {layer.name}: {', '.join(empty) or info.conversion_errors}")
+
+
+def _forget(module: nn.Module) -> None:
+    """Drop the tensors of a layer that has been written."""
+    for name, parameter in list(module.named_parameters()):
+        module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+    gc.collect()
+
+
+def _check_room(out: Path, stored: StoredWeights, plan: Plan) -> None:
+    """Refuse before writing when the disk cannot hold the result."""
+    now = sum(file.stat().st_size for file in set(stored.files.values()))
+    needed = now - plan.budget.original_bytes + plan.budget.plan_bytes
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise InputError(f"not enough room for {out}: {needed:,} bytes are needed, {free:,} are free")
+
+
+def _copy_other_files(source: ModelSource, partial: Path) -> None:
+    for file in sorted(source.path.iterdir()):
+        weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name != "config.json":
+            shutil.copyfile(file, partial / file.name)
+
+
+def _write_config(source: ModelSource, partial: Path, plan: Plan) -> None:
+    config: dict[str, Any] = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    # Without `import equipoise`, transformers refuses an experts implementation that nobody registered: a hard
+    # error, where an unknown quantization method alone would only warn and load random experts.
+    config["experts_implementation"] = IMPLEMENTATION
+    config["quantization_config"] = {"quant_method": IMPLEMENTATION, "plan": plan_to_json(plan)}
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
