@@ -23,10 +23,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from equipoise.demo import model_dir
 from equipoise.errors import InputError
 from equipoise.models.families import find_layers
 
 QUANT_METHOD = "equipoise"
+DEMO = "demo"
+"""Name of the bundled model, where no directory of that name is at hand."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,14 @@ class LoadedModel:
 
 
 def find_source(name: str | Path) -> ModelSource:
-    """Resolve a local directory or a hub id (downloaded or cached) and read its configuration.
+    """Resolve a local directory, `demo`, or a hub id (downloaded or cached) and read its configuration.
 
     Raises:
         InputError: no such model, no config.json, a family transformers does not know.
     """
     path = Path(name).expanduser()
+    if str(name) == DEMO and not path.is_dir():
+        path = model_dir()
     if not path.is_dir():
         path = _from_hub(str(name))
     if not (path / "config.json").is_file():
