@@ -116,3 +116,31 @@ class PlanOptions:
                 raise InputError(f"{name.replace('_', '-')} must be in [0, 1e6), got {getattr(self, name)}")
         if self.seed < 0:
             raise InputError(f"seed must not be negative, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How a model is evaluated.
+
+    Attributes:
+        seq_len: tokens a window of text.
+        batch_size: windows, or requests of the harness, a forward pass.
+        limit: at most this many windows of text, spread evenly, and documents a task, the first (0 = all).
+        fewshot: examples in a task's prompt. None: as the task says.
+        dtype: dtype to load the model in (`auto`: the checkpoint's own).
+    """
+
+    seq_len: int = 256
+    batch_size: int = 8
+    limit: int = 0
+    fewshot: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise InputError(f"seq-len must be at least 2 (one token to read, one to predict), got {self.seq_len}")
+        if self.batch_size < 1:
+            raise InputError(f"batch-size must be at least 1, got {self.batch_size}")
+        if self.limit < 0 or (self.fewshot is not None and self.fewshot < 0):
+            raise InputError(f"limit and fewshot must not be negative, got {self.limit} and {self.fewshot}")
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
