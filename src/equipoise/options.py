@@ -87,7 +87,7 @@ class PlanOptions:
     group_limited: bool = False
     expert_bytes: int | None = None
     quality_weight: float = 1.0
-    slot_weight: float = 0.5
+    slot_weight: float = 0.7
     seed: int = 0
 
     def __post_init__(self) -> None:
