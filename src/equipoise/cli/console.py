@@ -41,7 +41,7 @@ def progress() -> Iterator[Track]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=not err.is_terminal) as bars:
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
 
         def track(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
             task = bars.add_task(what, total=total)
