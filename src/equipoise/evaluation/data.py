@@ -100,9 +100,7 @@ def windows(tokenizer: Any, records: Iterable[TextRecord], seq_len: int) -> list
     return out
 
 
-def batches(
-    windows: Sequence[Window], batch_size: int = 8, config: PretrainedConfig | None = None
-) -> list[Batch]:
+def batches(windows: Sequence[Window], batch_size: int = 8, config: PretrainedConfig | None = None) -> list[Batch]:
     """Put windows into batches, in order.
 
     Args:

@@ -60,9 +60,7 @@ class TextResult:
         """The same figures, a domain at a time, in the order in which domains first appear."""
         names = np.array(self.domains)
         return {
-            name: TextResult(
-                self.nll[names == name], self.tokens[names == name], (name,) * int((names == name).sum())
-            )
+            name: TextResult(self.nll[names == name], self.tokens[names == name], (name,) * int((names == name).sum()))
             for name in dict.fromkeys(self.domains)
         }
 
@@ -178,8 +176,6 @@ def _losses(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     for row, (scores, wanted) in enumerate(zip(logits, target, strict=True)):
         for start in range(0, len(wanted), step):
             part = slice(start, start + step)
-            loss = functional.cross_entropy(
-                scores[part].float(), wanted[part], reduction="none", ignore_index=IGNORED
-            )
+            loss = functional.cross_entropy(scores[part].float(), wanted[part], reduction="none", ignore_index=IGNORED)
             out[row] += loss.double().sum()
     return out
