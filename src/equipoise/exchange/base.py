@@ -273,10 +273,10 @@ def agree(what: str, seen: dict[str, Any], name: str, value: Any) -> None:
     Raises:
         InputError: two files differ.
     """
-    first = next(iter(seen), name)
-    seen[name] = value
-    if seen[first] != value:
-        raise InputError(f"{what}: {value}, but {seen[first]} in {first}; import one run at a time")
+    first, known = next(iter(seen.items()), (name, value))
+    seen.setdefault(name, value)
+    if known != value:
+        raise InputError(f"{what}: {value}, but {known} in {first}; import one run at a time")
 
 
 def bounded(counts: npt.NDArray[np.integer[Any]], what: str) -> IntArray:

@@ -7,6 +7,7 @@ restricted unpickler (`weights_only=True`), which builds tensors and plain conta
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ def load(source: Path | bytes) -> Any:
     except OSError as error:
         raise InputError(f"it cannot be read ({error.strerror or error})") from error
     except Exception as error:  # the unpickler of damaged bytes raises nearly every type there is
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line), "")
-        if reason:
+        beyond = re.search(r"unsupported (global|class|operand)[^\n]{0,80}", str(error), re.IGNORECASE)
+        if beyond:
             raise InputError(
-                f"it is refused: it holds pickled objects that could run code, not only tensors ({reason[:160]})"
+                f"it is refused: it holds pickled content beyond plain tensors, which could run code ({beyond[0]})"
             ) from error
         raise InputError(f"it is not a readable .pt file ({type(error).__name__})") from error
 
