@@ -8,12 +8,14 @@ from typing import Any
 from equipoise.errors import InputError
 from equipoise.files.profile_npz import check_profile
 from equipoise.options import PlanOptions
+from equipoise.planning.front import FrontPoint, pareto_front
 from equipoise.planning.joint import plan_joint
 from equipoise.planning.paper import plan_paper
+from equipoise.planning.parts import take as take_part
 from equipoise.planning.replicas import replica_counts, water_fill
 from equipoise.types import Plan, Profile
 
-__all__ = ["plan", "replica_counts", "water_fill"]
+__all__ = ["FrontPoint", "pareto_front", "plan", "replica_counts", "take_part", "water_fill"]
 
 
 def plan(profile: Profile, options: PlanOptions | None = None, **overrides: Any) -> Plan:
