@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from equipoise.cli import console
+from equipoise.cli.dataclass_options import options_of, take
 from equipoise.exchange import EXPORTERS, ExportOptions, check_suffix, export_plan
 from equipoise.files import load_plan, load_profile, require_destination
-
-_DEFAULTS = ExportOptions()
 
 
 @click.command("export")
@@ -19,35 +19,14 @@ _DEFAULTS = ExportOptions()
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="The file: .json, .pt (sglang), .yaml (trtllm)."
 )
-@click.option("--ep-size", type=int, default=_DEFAULTS.ep_size, help="Expert-parallel size; must be the plan's ranks.")
-@click.option(
-    "--num-hidden-layers",
-    type=int,
-    default=_DEFAULTS.num_hidden_layers,
-    help="Layers of the model, dense ones included (sglang wants a row for each).  [default: up to the last MoE layer]",
-)
-@click.option(
-    "--placement-only",
-    is_flag=True,
-    default=_DEFAULTS.placement_only,
-    help="Drop the precision and the unequal shares of slots, which no engine can run, and say how many.",
-)
+@options_of(ExportOptions)
 @click.option(
     "--pad",
     type=click.Path(path_type=Path),
     help="Profile by whose loads ranks of unequal size are filled with further replicas (takes memory).",
 )
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-def command(
-    plan: Path,
-    engine: str,
-    out: Path,
-    ep_size: int | None,
-    num_hidden_layers: int | None,
-    placement_only: bool,
-    pad: Path | None,
-    force: bool,
-) -> None:
+def command(plan: Path, engine: str, out: Path, pad: Path | None, force: bool, **values: Any) -> None:
     """Write a PLAN's placement in the format of a serving engine.
 
     Engines run one replica count in all layers, equal ranks, one precision a layer and an even split between
@@ -58,8 +37,8 @@ def command(
       equipoise balance --out run
       equipoise plan run/profile.npz --replicas 4 --ranks 4 --out plan.json
       equipoise export plan.json --to sglang --placement-only --out map.json
-    """  # noqa: D301
-    options = ExportOptions(ep_size, num_hidden_layers, placement_only)
+    """
+    options = take(ExportOptions, values)
     check_suffix(engine, out)
     require_destination(out, force)
     done = export_plan(load_plan(plan), engine, out, options, load_profile(pad) if pad else None)

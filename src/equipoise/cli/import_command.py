@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
 from equipoise.cli import console
+from equipoise.cli.dataclass_options import options_of, take
 from equipoise.exchange import IMPORTERS, ImportOptions, import_statistics
 from equipoise.files import require_destination, save_profile
 from equipoise.metrics import lis
-
-_DEFAULTS = ImportOptions()
 
 
 @click.command("import")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
 @click.option("--from", "engine", required=True, type=click.Choice(list(IMPORTERS)), help="The engine.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The profile to write (.npz).")
-@click.option(
-    "--windows",
-    type=int,
-    default=_DEFAULTS.windows,
-    show_default=True,
-    help="Pool adjacent steps to at most this many windows (0 = keep every step).",
-)
-@click.option("--top-k", type=int, default=_DEFAULTS.top_k, help="Experts a token selects, where the files do not say.")
-@click.option("--num-experts", type=int, default=_DEFAULTS.num_experts, help="Experts a layer (vllm does not say).")
-@click.option("--model", default=_DEFAULTS.model, help="Name of the model, for the record.")
-@click.option("--model-type", default=_DEFAULTS.model_type, help="As in the model's config.json, for the record.")
-@click.option("--dtype", default=_DEFAULTS.dtype, help="Of the expert weights, for the record.")
+@options_of(ImportOptions)
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-def command(
-    files: tuple[Path, ...],
-    engine: str,
-    out: Path,
-    windows: int,
-    top_k: int | None,
-    num_experts: int | None,
-    model: str,
-    model_type: str,
-    dtype: str,
-    force: bool,
-) -> None:
+def command(files: tuple[Path, ...], engine: str, out: Path, force: bool, **values: Any) -> None:
     """Turn an engine's expert statistics into a profile.
 
     \b
@@ -54,8 +32,8 @@ def command(
     \b
       equipoise import expert_statistic --from trtllm --out P.npz
       equipoise plan P.npz --replicas 8 --ranks 4 --out plan.json
-    """  # noqa: D301
-    options = ImportOptions(windows, top_k, num_experts, model, model_type, dtype)
+    """
+    options = take(ImportOptions, values)
     require_destination(out, force)
     with console.progress() as track:
         done = import_statistics(files, engine, options, track)
