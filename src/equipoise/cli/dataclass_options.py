@@ -46,7 +46,7 @@ def _option(field: dataclasses.Field[Any], hint: Any, text: str) -> Callable[[F]
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=field.default, show_default=True, help=text)
     choice: Any = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
-    shown: Any = True if field.default is not None else False
+    shown = field.default is not None
     return click.option(flag, field.name, type=choice, default=field.default, show_default=shown, help=text)
 
 
