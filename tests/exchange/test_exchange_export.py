@@ -266,3 +266,9 @@ def test_too_few_hidden_layers_are_refused(tmp_path: Path) -> None:
     for engine, suffix in FILES:
         with pytest.raises(InputError, match="layer 5"):
             export_plan(plan, engine, tmp_path / f"x.{suffix}", ExportOptions(num_hidden_layers=5))
+
+
+def test_what_placement_only_costs_in_memory_is_said(tmp_path: Path) -> None:
+    plan = plan_of([layer_plan(0, NOTES_LAYER, 4, "int8")], 2)
+    done = export_plan(plan, "trtllm", tmp_path / "x.yaml", ExportOptions(placement_only=True))
+    assert any("2 slots" in note and "1.500 times the memory" in note for note in done.notes)

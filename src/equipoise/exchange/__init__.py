@@ -23,9 +23,9 @@ from equipoise.exchange.base import (
     Importer,
     ImportOptions,
     Track,
-    to_profile,
     untracked,
 )
+from equipoise.exchange.counts import to_profile
 from equipoise.exchange.placement import Placement, check_placement, from_plan
 from equipoise.files import atomic_file
 from equipoise.types import Plan, Profile
@@ -128,7 +128,11 @@ def _losses(placement: Placement, options: ExportOptions, engine: str) -> tuple[
     """What a person should know about the file."""
     notes = []
     if placement.lost_precisions:
-        notes.append(f"placement only: the lower precision of {placement.lost_precisions} slots is not in the file")
+        size = placement.slots / placement.num_experts
+        notes.append(
+            f"placement only: the lower precision of {placement.lost_precisions} slots is not in the file; {engine} "
+            f"holds every slot at the precision it loads, {size:.3f} times the memory of the original experts"
+        )
     if placement.lost_shares:
         notes.append(
             f"placement only: {engine} splits evenly, {placement.lost_shares} unequal shares are not in the file"

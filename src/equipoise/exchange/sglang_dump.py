@@ -23,7 +23,8 @@ import numpy as np
 
 from equipoise.errors import InputError
 from equipoise.exchange import torch_file
-from equipoise.exchange.base import Counts, ImportOptions, Track, agree, bounded, describe
+from equipoise.exchange.base import ImportOptions, Track
+from equipoise.exchange.counts import Counts, agree, bounded, describe
 from equipoise.types import IntArray
 
 MAP = "last_physical_to_logical_map"

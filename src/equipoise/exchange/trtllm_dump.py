@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import load as load_safetensors
 
 from equipoise.errors import InputError
-from equipoise.exchange.base import Counts, ImportOptions, Track, bounded, validated
+from equipoise.exchange.base import ImportOptions, Track, validated
+from equipoise.exchange.counts import Counts, bounded
 from equipoise.types import IntArray
 
 _RANK = re.compile(r"rank(\d+)\.safetensors")

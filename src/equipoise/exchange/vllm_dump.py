@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from equipoise.errors import InputError
-from equipoise.exchange.base import Counts, ImportOptions, Track, agree, describe
+from equipoise.exchange.base import ImportOptions, Track
+from equipoise.exchange.counts import Counts, agree, describe
 from equipoise.types import IntArray
 
 
