@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_families import CONFIGURATIONS, EXPERTS, LEFT_OUT, SIZES, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from tiny_families import CONFIGURATIONS, EXPERTS, LEFT_OUT, SIZES, VOCAB
 
 __all__ = ["EXPERTS", "FAMILIES", "LEFT_OUT", "VOCAB", "build", "configure", "save_tiny", "tiny_tokenizer"]
 
@@ -64,6 +65,21 @@ def _add_noise(model: PreTrainedModel) -> None:
         for tensor in [*model.parameters(), *biases]:
             if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
                 tensor.add_(torch.randn_like(tensor), alpha=0.1)
+        for module in model.modules():
+            if hasattr(module, "tid2eid"):
+                _fill_table(module.tid2eid)
+            if hasattr(module, "balancing_biases"):
+                # ZAYA: a sharper router, in which the class that skips all experts wins sometimes.
+                module.balancing_biases.normal_(0, 0.02)
+                for linear in (module.router_mlp.fc1, module.router_mlp.fc2, module.router_mlp.out_proj):
+                    linear.weight.mul_(4)
+
+
+def _fill_table(experts_of_token: torch.Tensor) -> None:
+    """DeepSeek-V4 routes its first layers by token id: k different experts each, low numbers more often."""
+    words, k = experts_of_token.shape
+    taste = torch.linspace(2, 0, EXPERTS).exp().expand(words, EXPERTS)
+    experts_of_token.copy_(torch.multinomial(taste, k))
 
 
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {name: partial(build, name) for name in sorted(CONFIGURATIONS)}

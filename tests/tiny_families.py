@@ -283,7 +283,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 """Family -> class name, and configuration values beyond `SIZES`."""
 
 LEFT_OUT = {
-    "diffusion_gemma": "block diffusion: its forward needs a canvas to denoise, so it is no autoregressive language model",
+    "diffusion_gemma": "block diffusion, not an autoregressive language model: its forward needs a canvas to denoise",
     "openai_privacy_filter": "a token classifier: transformers has no language-model class for it",
 }
 """Modeling files behind transformers' experts interface that have no tiny model here, and why."""
