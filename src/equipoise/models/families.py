@@ -113,12 +113,15 @@ def read_routing(layout: ExpertsLayout, arguments: tuple[Any, ...]) -> Routing:
     """Routing from the positional arguments of the experts module's forward.
 
     Switch passes a one-hot [rows, 1, E] in which tokens beyond the expert's capacity are all zero.
+    ZAYA's router may choose to skip all experts; it then passes expert 0 with a probability of exactly 0.
     """
     hidden, selected, weights = arguments[:3]
     if isinstance(layout, SwitchLayout):
         one_hot = selected.reshape(-1, layout.num_experts)
         index = torch.where(one_hot.any(-1), one_hot.argmax(-1), layout.num_experts)
         return Routing(hidden, index[:, None], weights.reshape(-1, 1))
+    if type(layout.module).__name__ == "ZayaExperts":
+        selected = selected.masked_fill(weights == 0, layout.num_experts)
     return Routing(hidden.reshape(-1, hidden.shape[-1]), selected, weights)
 
 
