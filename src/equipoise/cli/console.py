@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,6 +28,7 @@ from equipoise.progress import Track
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+_UNBOUND = out.options.update(width=10_000)
 
 T = TypeVar("T")
 
@@ -62,7 +64,10 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
         grid.add_column(name, justify="left" if i == 0 else "right", footer=str(footer[i]) if footer else "")
     for row in rows:
         grid.add_row(*(str(cell) for cell in row))
-    out.print(grid)
+    if out.is_terminal:
+        out.print(grid)
+    else:  # a pipe or a file has no edge at which cells would have to be folded
+        Console(highlight=False, width=max(out.width, Measurement.get(out, _UNBOUND, grid).maximum)).print(grid)
 
 
 def note(message: str) -> None:
