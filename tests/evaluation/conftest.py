@@ -1,6 +1,7 @@
 """The tiny models as fixtures."""
 
 import pytest
+from task_rows import write_task_data
 from tiny_eval_models import byte_tokenizer, tiny_mixtral, tiny_switch
 from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 from transformers import SwitchTransformersForConditionalGeneration as Switch
@@ -28,3 +29,9 @@ def mixtral_dir(tmp_path_factory, mixtral, tokenizer):
     mixtral.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def task_data(tmp_path_factory):
+    """A directory with a few items of every benchmark."""
+    return write_task_data(tmp_path_factory.mktemp("tasks") / "data")

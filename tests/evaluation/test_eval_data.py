@@ -19,9 +19,7 @@ def _tokens(tokenizer, text):
 
 
 def test_documents_are_joined_by_eos_and_cut(tokenizer):
-    out = windows(
-        tokenizer, [TextRecord("abc", "x"), TextRecord("de", "y"), TextRecord("fg", "x")], seq_len=4
-    )
+    out = windows(tokenizer, [TextRecord("abc", "x"), TextRecord("de", "y"), TextRecord("fg", "x")], seq_len=4)
     a, b, c, d, e, f, g = _tokens(tokenizer, "abcdefg")
     # x: <s> a b c | </s> <s> f g; y: too short for a window, kept whole because it is the only one
     assert [(w.domain, w.input_ids.tolist()) for w in out] == [

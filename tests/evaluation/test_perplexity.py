@@ -113,9 +113,7 @@ def _result(nll, tokens):
     return TextResult(np.asarray(nll, dtype=float), np.asarray(tokens), ("x",) * len(tokens))
 
 
-losses = st.lists(
-    st.tuples(st.floats(0, 10), st.floats(-0.5, 0.5), st.integers(1, 300)), min_size=2, max_size=20
-)
+losses = st.lists(st.tuples(st.floats(0, 10), st.floats(-0.5, 0.5), st.integers(1, 300)), min_size=2, max_size=20)
 
 
 @given(losses)

@@ -21,7 +21,7 @@ def byte_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_mixtral(seed: int = 0, dtype: torch.dtype = torch.float32) -> MixtralForCausalLM:
+def tiny_mixtral(seed: int = 0, dtype: torch.dtype = torch.float32, positions: int = 256) -> MixtralForCausalLM:
     torch.manual_seed(seed)
     config = MixtralConfig(
         vocab_size=259,
@@ -32,7 +32,7 @@ def tiny_mixtral(seed: int = 0, dtype: torch.dtype = torch.float32) -> MixtralFo
         num_key_value_heads=2,
         num_local_experts=4,
         num_experts_per_tok=2,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         initializer_range=0.2,
         pad_token_id=0,
         bos_token_id=1,

@@ -40,7 +40,9 @@ def hellaswag(task_data: str, **_: Any) -> dict[str, Any]:
     """HellaSwag: `hellaswag_val`, cleaned up already, context and activity joined.
 
     The harness writes the unfinished noun phrase at the end of a context (`ctx_b`, ActivityNet items only) with
-    a capital; in the joined context it is the words after the last full stop, and starts small.
+    a capital; in the joined context it is the words after the last full stop, and starts small. What cannot be
+    made good: an ending whose original began with a mark such as "[title]" keeps a blank before it in the
+    harness, and has none here.
     """
     rows = _rows(task_data, "hellaswag_val", ("context", "endings", "label"))
     return {
