@@ -1,0 +1,96 @@
+"""What the run did, in one sentence and four figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from equipoise.reporting.figures import MIB
+from equipoise.reporting.run_directory import Run
+
+MINUS = "\N{MINUS SIGN}"
+PERCENT = "\N{NO-BREAK SPACE}%"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure of the headline.
+
+    Attributes:
+        label: what it is.
+        before: text, or nothing when there is no before.
+        after: text.
+        note: unit and context.
+    """
+
+    label: str
+    before: str
+    after: str
+    note: str
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """With a sign always, a real minus; nothing that rounds to zero is called negative."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", MINUS) if float(text) else f"{0:.{digits}f}"
+
+
+def megabytes(size: int) -> str:
+    """Bytes as MiB, with the digits that matter."""
+    value = size / MIB
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _share(part: float) -> str:
+    return f"{100 * part:.1f}{PERCENT}"
+
+
+def interval(ci95: tuple[float, float] | None) -> str:
+    """The 95 % interval of a change in percent, in words."""
+    if ci95 is None:
+        return "no interval: too few windows of text"
+    return f"95{PERCENT} interval {signed(ci95[0])} to {signed(ci95[1])}{PERCENT}"
+
+
+def headline(run: Run) -> str:
+    """One sentence with the numbers: balance, memory, perplexity, share on quantized slots."""
+    s = run.metrics.summary
+    layers = len(run.plan.layers)
+    return (
+        f"On held-out text the busiest slot now carries {s.lis_after:.2f} times an even share of its layer's tokens, "
+        f"where the busiest expert carried {s.lis_before:.2f} times (LIS, mean over {layers} MoE "
+        f"layer{'s' if layers > 1 else ''}), in {_share(s.bytes_after / s.bytes_before)} of the experts' original "
+        f"memory; perplexity went from {s.ppl_before:.3f} to {s.ppl_after:.3f} ({signed(s.ppl_delta_pct)}{PERCENT}, "
+        f"{interval(s.ppl_delta_ci95)}), and {_share(s.tokens_quantized)} of token selections ran on a quantized slot."
+    )
+
+
+def tiles(run: Run) -> list[Tile]:
+    """The four figures."""
+    s = run.metrics.summary
+    limit = run.plan.budget.limit_bytes
+    return [
+        Tile(
+            "Load imbalance score (LIS)",
+            f"{s.lis_before:.3f}",
+            f"{s.lis_after:.3f}",
+            "held out, mean over layers; 1 is even over experts",
+        ),
+        Tile(
+            "Expert memory",
+            megabytes(s.bytes_before),
+            f"{megabytes(s.bytes_after)} MiB",
+            f"{_share(s.bytes_after / s.bytes_before)} of the original; {megabytes(limit)} MiB allowed",
+        ),
+        Tile(
+            "Perplexity, held out",
+            f"{s.ppl_before:.3f}",
+            f"{s.ppl_after:.3f}",
+            f"{signed(s.ppl_delta_pct)}{PERCENT}, {interval(s.ppl_delta_ci95)}",
+        ),
+        Tile(
+            "Selections on quantized slots",
+            "",
+            _share(s.tokens_quantized),
+            f"{s.replicas:,} replicas added, {s.quantized:,} experts quantized",
+        ),
+    ]
