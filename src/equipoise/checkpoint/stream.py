@@ -156,7 +156,10 @@ def _read_layer(skeleton: PreTrainedModel, stored: StoredWeights, names: list[st
 def _forget(module: nn.Module) -> None:
     """Drop the tensors of a layer that has been written."""
     for name, parameter in list(module.named_parameters()):
-        module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        # The owner may be a part of the module: Muse Spark has a norm after its experts.
+        owner, _, key = name.rpartition(".")
+        empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        module.get_submodule(owner).register_parameter(key, empty)
     gc.collect()
 
 

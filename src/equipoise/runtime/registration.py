@@ -56,6 +56,7 @@ class EquipoiseQuantizer(HfQuantizer):
         for layer, layer_plan in zip(layers, plan.layers, strict=True):
             if not layer_plan.is_identity:
                 empty_layer(layer, layer_plan)
+                _spare_block(model, layer.name)
         dispatch(model)
 
     def is_serializable(self) -> bool:
@@ -66,6 +67,17 @@ class EquipoiseQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Balanced models are for inference."""
         return False
+
+
+def _spare_block(model: Any, experts: str) -> None:
+    """Keep transformers from initialising the block around replaced experts.
+
+    Some families (Switch, Qwen3-Omni) initialise the experts from their block, by names that are gone. Buffers that
+    are never saved do need that initialisation, so a block with such buffers is left to it.
+    """
+    block = model.get_submodule(experts.rpartition(".")[0])
+    if not block._non_persistent_buffers_set:
+        block._is_hf_initialized = True
 
 
 if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
