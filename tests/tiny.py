@@ -69,8 +69,10 @@ def _add_noise(model: PreTrainedModel) -> None:
             if hasattr(module, "tid2eid"):
                 _fill_table(module.tid2eid)
             if hasattr(module, "balancing_biases"):
-                # ZAYA: a sharper router, in which the class that skips all experts wins sometimes.
-                module.balancing_biases.normal_(0, 0.02)
+                # ZAYA: a sharper router, in which the class that skips all experts (the last one, which transformers
+                # sets to -1 on every load) wins sometimes.
+                module.balancing_biases.normal_(-1, 0.02)
+                module.balancing_biases[-1] = -1
                 for linear in (module.router_mlp.fc1, module.router_mlp.fc2, module.router_mlp.out_proj):
                     linear.weight.mul_(4)
 
