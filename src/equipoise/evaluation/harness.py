@@ -131,7 +131,8 @@ def run_tasks(loaded: LoadedModel, tasks: Any, options: EvalOptions, track: Trac
 
     from equipoise.evaluation.harness_model import HarnessModel
 
-    with _quiet(), contextlib.redirect_stdout(sys.stderr):  # stdout is for the table and the JSON line
+    # stdout is for the table and the JSON line
+    with _quiet(), _own_lengths(loaded.model), contextlib.redirect_stdout(sys.stderr):
         model = HarnessModel(loaded, options.batch_size, track)
         generating = [n for n, t in tasks["tasks"].items() if t.OUTPUT_TYPE == "generate_until"]
         if generating and not loaded.is_encoder_decoder and model.max_length <= model.max_gen_toks:
@@ -205,6 +206,18 @@ def _measure(task: Any, metric: str, items: list[Any]) -> Measure:
     if rule == "bits_per_byte":
         return Measure("mean", -likelihood / size / np.log(2), size, better)
     return Measure("perplexity", -likelihood / size, size, better)
+
+
+@contextlib.contextmanager
+def _own_lengths(model: Any) -> Iterator[None]:
+    """Let the harness say how long answers may be: a checkpoint's own `max_new_tokens` would go before that."""
+    config = model.generation_config
+    kept = config.max_new_tokens
+    config.max_new_tokens = None
+    try:
+        yield
+    finally:
+        config.max_new_tokens = kept
 
 
 @contextlib.contextmanager
