@@ -74,13 +74,15 @@ def _names(file: Path) -> list[str]:
 def names_by_layer(model: PreTrainedModel, stored: StoredWeights, layers: list[str]) -> dict[str, list[str]]:
     """Which stored tensors make up each experts module.
 
+    A stored tensor may belong to more than one: Ernie 4.5 VL numbers its experts for text and for pictures in one row.
+
     Args:
         model: the skeleton, with its original experts.
         stored: the checkpoint.
         layers: module paths of the experts.
 
     Returns:
-        module path -> stored names; "" -> everything else.
+        module path -> stored names; "" -> everything that belongs to none.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
@@ -88,8 +90,20 @@ def names_by_layer(model: PreTrainedModel, stored: StoredWeights, layers: list[s
     expected = model.state_dict()
     out: dict[str, list[str]] = defaultdict(list)
     for name in stored.files:
-        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
         if renamed not in expected and name in expected:
-            renamed = name
-        out[next((layer for layer in layers if renamed.startswith(f"{layer}.")), "")].append(name)
+            renamed, pattern = name, None
+        targets = _targets(renamed, pattern, converters)
+        owners = [layer for layer in layers if any(target.startswith(f"{layer}.") for target in targets)]
+        for owner in owners or [""]:
+            out[owner].append(name)
     return out
+
+
+def _targets(renamed: str, pattern: str | None, converters: list[WeightConverter]) -> list[str]:
+    """Every tensor of the model that a stored one goes into; `renamed` is the first its rule names."""
+    for rule in converters:
+        if pattern in rule.source_patterns:
+            first = rule.target_patterns[0]
+            return [renamed, *(renamed.replace(first, other) for other in rule.target_patterns[1:])]
+    return [renamed]

@@ -58,21 +58,15 @@ def apply_checkpoint(
         InputError: before anything is written, when model, plan or destination will not do.
     """
     out = Path(out)
-    require_destination(out, force)
     source = find_source(model)
-    if out.exists() and out.resolve() == source.path.resolve():
-        raise InputError(f"{out} is the original model itself; give another --out")
+    require_destination(out, force, [source.path])
     skeleton = empty_model(source)
     check_plan(plan)
     layers = find_layers(skeleton)
     check_fits(plan, skeleton, layers)
     stored = StoredWeights(source)
-    changed = {
-        layer.name: (layer, layer_plan)
-        for layer, layer_plan in zip(layers, plan.layers, strict=True)
-        if not layer_plan.is_identity
-    }
-    names = names_by_layer(skeleton, stored, list(changed))
+    changed = {layer_plan.name for layer_plan in plan.layers if not layer_plan.is_identity}
+    names = _names_to_write(names_by_layer(skeleton, stored, [layer.name for layer in layers]), changed)
     _check_room(out, stored, plan)
     with atomic_directory(out, force) as partial:
         shards = _Shards(partial)
@@ -81,11 +75,15 @@ def apply_checkpoint(
             with stored.read(file_names) as slices:
                 shards.write({name: tensor[:] for name, tensor in slices.items()})
         sizes = {}
-        for name, (layer, layer_plan) in track(changed.items(), len(changed), "writing experts"):
-            _read_layer(skeleton, stored, names[name], layer)
-            fill_layer(layer, layer_plan)
+        writing = [pair for pair in zip(layers, plan.layers, strict=True) if pair[0].name in names]
+        for layer, layer_plan in track(writing, len(writing), "writing experts"):
+            name = layer.name
+            if any(p.is_meta for p in layer.experts.parameters()):
+                _read_layer(skeleton, stored, names[name], layer)
+            if name in changed:
+                fill_layer(layer, layer_plan)
+                sizes[name] = stored_bytes(layer)
             tensors = {f"{name}.{key}": p.detach() for key, p in layer.experts.named_parameters()}
-            sizes[name] = stored_bytes(layer)
             shards.write(tensors)
             del tensors
             _forget(layer.experts)
@@ -93,6 +91,18 @@ def apply_checkpoint(
         _copy_other_files(source, partial)
         _write_config(source, partial, plan)
     return sizes
+
+
+def _names_to_write(names: dict[str, list[str]], changed: set[str]) -> dict[str, list[str]]:
+    """Keep the layers that cannot be copied as stored; the stored names of all others go under "".
+
+    Those are the changed layers, and layers that share stored tensors with one of them.
+    """
+    needed = {name for layer in changed for name in names[layer]}
+    kept = {layer: own for layer, own in names.items() if layer in changed or (layer and needed & set(own))}
+    written = {name for own in kept.values() for name in own}
+    rest = dict.fromkeys(name for own in names.values() for name in own if name not in written)
+    return {"": list(rest), **kept}
 
 
 class _Shards:
@@ -116,7 +126,7 @@ class _Shards:
     def finish(self) -> None:
         """Give the files their final names and write the index."""
         total = len(self.parts)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.parts):
             final = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
             self._part(number).rename(self.directory / final)
