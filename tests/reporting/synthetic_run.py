@@ -43,17 +43,20 @@ def make_run(
     numbers: list[int] | None = None,
     importance: tuple[str, ...] = ("error", "wanda"),
     skew: float = 0.7,
+    idle: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Write profile.npz, plan.json, metrics.json; return the metrics as JSON values."""
     rng = np.random.default_rng(seed)
     path.mkdir(parents=True, exist_ok=True)
     names = names or [f"model.layers.{layer}.mlp.experts" for layer in range(layers)]
     numbers = numbers or list(range(layers))
-    tokens, top_k, size = 40_000, 2, 393_216
+    tokens, top_k, size = 40_000, min(2, experts), 393_216
     weights = rng.lognormal(0, skew * (0.6 + 0.8 * np.arange(layers)[:, None] / layers), (layers, experts))
     weights /= weights.sum(1, keepdims=True)
     counts = np.stack([rng.multinomial(tokens * top_k, w) for w in weights])
     heldout = np.stack([rng.multinomial(tokens, w) for w in weights])
+    counts[list(idle)] = 0
+    heldout[list(idle)] = 0
     sizes = {"original": np.full((layers, experts), size), "int8": np.full((layers, experts), size // 2)}
     measured = {
         name: (counts ** (1.0 if name == "error" else 0.4) * rng.lognormal(0, 0.35, counts.shape)).astype(np.float32)
@@ -100,7 +103,7 @@ def make_run(
                 "bytes_after": plan_bytes[i],
                 "replicas": len(layer.slots) - experts,
                 "quantized": int(layer.quantized().sum()),
-                "tokens_quantized": low / int(slots[i].sum()),
+                "tokens_quantized": low / max(1, int(slots[i].sum())),
             }
         )
     mean = {
