@@ -26,6 +26,9 @@ from rich.table import Table
 
 from equipoise.progress import Track
 
+WIDTH = 120
+"""Columns of a table where there is no terminal to measure."""
+
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 _UNBOUND = out.options.update(width=10_000)
@@ -59,13 +62,15 @@ def progress() -> Iterator[Track]:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], footer: Sequence[object] = ()) -> None:
     """Print a table; every column but the first is right-aligned."""
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=bool(footer))
+    grid = Table(box=box.SIMPLE_HEAD, show_footer=bool(footer))
     for i, name in enumerate(columns):
         grid.add_column(name, justify="left" if i == 0 else "right", footer=str(footer[i]) if footer else "")
     for row in rows:
         grid.add_row(*(str(cell) for cell in row))
     if out.is_terminal:
-        out.print(grid)
+        # The title is printed apart: inside, it would be wrapped to the width of a narrow table.
+    out.print(title, markup=False)
+    out.print(grid, width=None if out.is_terminal else WIDTH)
     else:  # a pipe or a file has no edge at which cells would have to be folded
         Console(highlight=False, width=max(out.width, Measurement.get(out, _UNBOUND, grid).maximum)).print(grid)
 
