@@ -26,9 +26,6 @@ from rich.table import Table
 
 from equipoise.progress import Track
 
-WIDTH = 120
-"""Columns of a table where there is no terminal to measure."""
-
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 _UNBOUND = out.options.update(width=10_000)
@@ -67,10 +64,10 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
         grid.add_column(name, justify="left" if i == 0 else "right", footer=str(footer[i]) if footer else "")
     for row in rows:
         grid.add_row(*(str(cell) for cell in row))
-    if out.is_terminal:
-        # The title is printed apart: inside, it would be wrapped to the width of a narrow table.
+    # The title is printed apart: inside, it would be wrapped to the width of a narrow table.
     out.print(title, markup=False)
-    out.print(grid, width=None if out.is_terminal else WIDTH)
+    if out.is_terminal:
+        out.print(grid)
     else:  # a pipe or a file has no edge at which cells would have to be folded
         Console(highlight=False, width=max(out.width, Measurement.get(out, _UNBOUND, grid).maximum)).print(grid)
 
