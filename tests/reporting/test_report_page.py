@@ -249,6 +249,12 @@ def _other_plan(path: Path) -> None:
     save_plan(load_plan(path / "other" / "plan.json"), path / "plan.json")
 
 
+def _other_in_sample(path: Path) -> None:
+    document = json.loads((path / "metrics.json").read_text())
+    document["summary"]["lis_before_in_sample"] = 1.5
+    (path / "metrics.json").write_text(json.dumps(document))
+
+
 def _renamed_layer(path: Path) -> None:
     text = (path / "metrics.json").read_text().replace("model.layers.2.mlp.experts", "model.layers.2.ffn")
     (path / "metrics.json").write_text(text)
@@ -264,6 +270,7 @@ def _renamed_layer(path: Path) -> None:
         (_other_profile, "another profile"),
         (_other_plan, "another profile"),
         (_other_metrics, "metrics.json has 2 layers of 8 experts, profile.npz has 4 of 16"),
+        (_other_in_sample, "lis_before_in_sample 1.5"),
         (_renamed_layer, "model.layers.2.ffn"),
     ],
 )

@@ -36,6 +36,10 @@ def rho_text(rho: float) -> str:
     return "ρ undefined (constant)" if np.isnan(rho) else f"ρ = {rho:+.2f}"
 
 
+def _layer(label: str) -> str:
+    return f"layer {label}" if label.isdigit() else printable(label, 14)
+
+
 def scatter(figures: Figures, name: str) -> str:
     """Load against one importance on the calibration text, a panel a layer, marked by what the plan did.
 
@@ -63,7 +67,7 @@ def scatter(figures: Figures, name: str) -> str:
             axes = panels.add_subplot(grid[at // columns, at % columns], sharex=first, sharey=first)
             first = first or axes
             _points(axes, load[row], importance[row], figures.status[row])
-            axes.set_title(f"layer {printable(figures.labels[row], 14)}, {rho_text(float(rho[row]))}", weight="normal")
+            axes.set_title(f"{_layer(figures.labels[row])}, {rho_text(float(rho[row]))}", weight="normal")
             axes.tick_params(labelbottom=at + columns >= len(rows), labelleft=at % columns == 0)
             if at == 0:
                 for axis, values in (("x", load[rows]), ("y", importance[rows])):
@@ -119,7 +123,7 @@ def _range(axes: Axes, axis: str, values: FloatArray) -> None:
     else:
         room = 0.06 * (top - bottom) or 1.0
         getattr(axes, f"set_{axis}lim")(bottom - room, top + room)
-        getattr(axes, f"{axis}axis").set_major_locator(MaxNLocator(5))
+        getattr(axes, f"{axis}axis").set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
 def _relative(values: np.ndarray) -> FloatArray:

@@ -10,13 +10,15 @@ and the profile's hash are compared, and a difference is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from equipoise.errors import InputError
 from equipoise.files import load_plan, load_profile, profile_hash
-from equipoise.reporting.metrics_file import Metrics, load_metrics
+from equipoise.metrics import lis
+from equipoise.reporting.metrics_file import TOLERANCE, Metrics, load_metrics
 from equipoise.types import Plan, Profile
 
 FILES = ("profile.npz", "plan.json", "metrics.json")
@@ -79,6 +81,12 @@ def _check(run: Run) -> None:
             )
     if plan.profile_sha256 != profile_hash(profile):
         raise InputError("plan.json was made from another profile (its profile_sha256 differs)")
+    in_sample = float(lis(profile.counts).mean())
+    if not math.isclose(metrics.summary.lis_before_in_sample, in_sample, rel_tol=TOLERANCE):
+        raise InputError(
+            f"metrics.json has lis_before_in_sample {metrics.summary.lis_before_in_sample:g}, "
+            f"the counts of profile.npz have {in_sample:g}"
+        )
     for planned, measured, slots, number in zip(
         plan.layers, metrics.layers, metrics.heldout_slots, profile.layer_ids.tolist(), strict=True
     ):
