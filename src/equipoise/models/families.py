@@ -85,7 +85,8 @@ def _why_not(model: nn.Module) -> str:
     """Why a model has no layer that can be balanced, in one line."""
     config = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)
-    experts = sorted({type(m).__name__ for m in model.modules() if "expert" in type(m).__name__.lower()})
+    kinds = {type(module).__name__ for module in model.modules()}
+    experts = sorted(kind for kind in kinds if "expert" in kind.lower() or kind.endswith(("MoE", "Moe", "MoeBlock")))
     if experts:
         return (
             f"model_type {family!r} is not supported: it keeps its experts in {', '.join(experts)}, outside "
