@@ -67,6 +67,8 @@ class PlanOptions:
         nodes: nodes the ranks are on.
         slots: slots a layer on all ranks together (0 = whatever the plan gives, rounded up to the ranks).
         group_limited: node-limited routing: experts of a group stay on one node.
+        groups: expert groups of the router, with group-limited (0 = one group a node).
+        shares: how replicas share an expert's tokens: `even`, or `lp`, the split that makes the busiest rank least.
         expert_bytes: original bytes of one expert, for traces that carry no sizes.
         quality_weight: how much predicted quality loss weighs against imbalance in `joint`.
         slot_weight: how much LIS a doubling of a layer's slots must be worth in `joint` (0: fill the budget).
@@ -85,6 +87,8 @@ class PlanOptions:
     nodes: int = 1
     slots: int = 0
     group_limited: bool = False
+    groups: int = 0
+    shares: Literal["even", "lp"] = "even"
     expert_bytes: int | None = None
     quality_weight: float = 1.0
     slot_weight: float = 0.7
@@ -109,8 +113,12 @@ class PlanOptions:
             raise InputError(f"expert-bytes must be at least 1, got {self.expert_bytes}")
         if self.ranks < 1 or self.nodes < 1 or self.ranks % self.nodes:
             raise InputError(f"ranks ({self.ranks}) must be at least 1 and divisible by nodes ({self.nodes})")
-        if self.slots < 0:
-            raise InputError(f"slots must not be negative, got {self.slots}")
+        _one_of("shares", self.shares, ("even", "lp"))
+        for name in ("slots", "groups"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.groups and not self.group_limited:
+            raise InputError("groups is for group-limited placement: add group-limited, or leave it out")
         for name in ("quality_weight", "slot_weight"):
             if not 0 <= getattr(self, name) < 1e6:
                 raise InputError(f"{name.replace('_', '-')} must be in [0, 1e6), got {getattr(self, name)}")

@@ -20,6 +20,12 @@ from equipoise.options import PlanOptions
 @click.option("--out", type=click.Path(path_type=Path), help="Plan to write (.json).")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--front", is_flag=True, help="Print the Pareto front and plot it beside --out (OUT.front.png).")
+@click.option(
+    "--from",
+    "previous",
+    type=click.Path(path_type=Path),
+    help="Plan in place: keep slots on its ranks, say what moves.",
+)
 @part_options
 @options_of(PlanOptions)
 def command(
@@ -27,6 +33,7 @@ def command(
     out: Path | None,
     force: bool,
     front: bool,
+    previous: Path | None,
     steps: str | None,
     tokens: str | None,
     window: int | None,
@@ -48,18 +55,19 @@ def command(
     options = take(PlanOptions, values)
     if out is None:
         raise InputError("nowhere to write the plan: give --out FILE.json")
-    from equipoise.files import load_profile, require_destination, save_plan
+    from equipoise.files import load_plan, load_profile, require_destination, save_plan
     from equipoise.metrics import lis, slot_lis, slot_load
     from equipoise.planning import pareto_front, plan, take_part
     from equipoise.planning.importance import importance_name
 
-    require_destination(out, force)
+    require_destination(out, force, [profile])
     picture = out.with_suffix(".front.png")
     if front:
         require_destination(picture, force)
     measured = take_part(load_profile(profile), steps, tokens, window)
+    old = None if previous is None else load_plan(previous)
     began = time.perf_counter()
-    made = plan(measured, options)
+    made = plan(measured, options, previous=old)
     seconds = time.perf_counter() - began
     if options.preset == "joint" and options.importance is None and "error" not in measured.importance:
         console.note(f"{profile} carries no measured importance: importance is {importance_name(measured, options)}")
@@ -103,6 +111,10 @@ def command(
         "predicted": dict(made.predicted),
         "seconds": seconds,
     }
+    if options.ranks > 1:
+        result["rank_imbalance"] = made.predicted["rank_imbalance"]
+    if old is not None:
+        result["moved_bytes"] = int(made.predicted["moved_bytes"])
     if front:
         points = pareto_front(measured, options)
         console.table(

@@ -40,7 +40,8 @@ def command(plan: Path, profile: Path, steps: str | None, tokens: str | None, wi
     means, layers = found.means(), found.layer_means()
     names = found.MEASURES
     console.table(
-        f"{plan} on {profile}: mean of {found.windows} window{'s' * (found.windows != 1)}, 1 is perfect balance (slots, ranks: max / mean)",
+        f"{plan} on {profile}: mean of {found.windows} window{'s' * (found.windows != 1)}, 1 is perfect balance "
+        "(slots, ranks: max / mean)",
         ("layer", "LIS raw", "LIS", "LIS oracle", "slots raw", "slots", "ranks raw", "ranks"),
         [
             (number, *(f"{layers[name][i]:.3f}" for name in names))

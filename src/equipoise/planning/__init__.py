@@ -18,12 +18,15 @@ from equipoise.types import Plan, Profile
 __all__ = ["FrontPoint", "pareto_front", "plan", "replica_counts", "take_part", "water_fill"]
 
 
-def plan(profile: Profile, options: PlanOptions | None = None, **overrides: Any) -> Plan:
+def plan(
+    profile: Profile, options: PlanOptions | None = None, *, previous: Plan | None = None, **overrides: Any
+) -> Plan:
     """Plan replicas and precision.
 
     Args:
         profile: what was measured.
         options: how to plan; None for the defaults.
+        previous: a plan in place; slots stay on its ranks as far as balance permits (`predicted["moved_bytes"]`).
         **overrides: fields of `PlanOptions` that replace those of `options`, e.g. `budget=1.0`.
 
     Returns:
@@ -38,4 +41,5 @@ def plan(profile: Profile, options: PlanOptions | None = None, **overrides: Any)
     except TypeError as error:
         raise InputError(f"plan option: {error}") from error
     checked = check_profile(profile)
-    return plan_paper(checked, chosen) if chosen.preset == "paper" else plan_joint(checked, chosen)
+    make = plan_paper if chosen.preset == "paper" else plan_joint
+    return make(checked, chosen, previous)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from equipoise.files import profile_hash
 from equipoise.files.plan_json import check_plan
+from equipoise.metrics import max_over_mean, rank_load, slot_lis, slot_load
 from equipoise.options import PlanOptions
+from equipoise.planning.churn import moved_bytes, require_same_cluster
+from equipoise.planning.ranks import place_model, ranked_slots
 from equipoise.planning.sizes import Sizes
 from equipoise.types import Budget, FloatArray, IntArray, LayerPlan, ModelIdentity, Plan, Profile, Slot
 
@@ -45,13 +49,61 @@ def build_plan(
     profile: Profile,
     options: PlanOptions,
     sizes: Sizes,
+    slots: Sequence[tuple[Slot, ...]],
+    limit_bytes: int,
+    preset: str,
+    predicted: Mapping[str, float],
+) -> Plan:
+    """A checked plan.
+
+    Args:
+        profile: what it was planned from.
+        options: how.
+        sizes: bytes of the slots.
+        slots: of each layer, in the file's order.
+        limit_bytes: bytes allowed.
+        preset: how it was made.
+        predicted: what is expected, by name.
+    """
+    names = profile.layer_names or ("",) * profile.num_layers
+    layers = tuple(
+        LayerPlan(int(number), name, profile.num_experts, row)
+        for number, name, row in zip(profile.layer_ids, names, slots, strict=True)
+    )
+    plan_bytes = sum(
+        int((sizes.original if s.precision == "original" else sizes.low)[i, s.expert])
+        for i, layer in enumerate(layers)
+        for s in layer.slots
+    )
+    return check_plan(
+        Plan(
+            model=identity(profile),
+            profile_sha256=profile_hash(profile),
+            preset=preset,
+            seed=options.seed,
+            budget=Budget(sizes.total, int(limit_bytes), plan_bytes),
+            ranks=options.ranks,
+            layers=layers,
+            predicted={name: float(value) for name, value in predicted.items()},
+        )
+    )
+
+
+def finish(
+    profile: Profile,
+    options: PlanOptions,
+    sizes: Sizes,
     replicas: IntArray,
     low_slots: IntArray,
     limit_bytes: int,
     preset: str,
     predicted: Mapping[str, float],
+    *,
+    load: FloatArray,
+    previous: Plan | None,
+    lower: Callable[[int, IntArray], IntArray] | None = None,
 ) -> Plan:
-    """A checked plan on one rank.
+    """Place on ranks when there are several, build the plan, and say what it predicts.
 
     Args:
         profile: what it was planned from.
@@ -61,25 +113,33 @@ def build_plan(
         low_slots: int64 [L, E] slots of each expert at the lower precision.
         limit_bytes: bytes allowed.
         preset: how it was made.
-        predicted: what is expected, by name.
+        predicted: what is expected besides `lis`, `lis_before` and the rank imbalances.
+        load: [W, L, E] windows it is planned on.
+        previous: a plan in place, whose slots should stay.
+        lower: chooses the low slots of a layer anew when placement changed its replica counts; None: it may not.
     """
-    names = profile.layer_names or ("",) * profile.num_layers
-    layers = tuple(
-        LayerPlan(int(number), name, profile.num_experts, layer_slots(replicas[i], low_slots[i], sizes.low_name))
-        for i, (number, name) in enumerate(zip(profile.layer_ids, names, strict=True))
-    )
-    return check_plan(
-        Plan(
-            model=identity(profile),
-            profile_sha256=profile_hash(profile),
-            preset=preset,
-            seed=options.seed,
-            budget=Budget(sizes.total, int(limit_bytes), sizes.of(replicas, low_slots)),
-            ranks=1,
-            layers=layers,
-            predicted={name: float(value) for name, value in predicted.items()},
-        )
-    )
+    counts = profile.counts.astype(np.float64)
+    known = {"lis": 0.0, "lis_before": mean_lis(counts, np.ones_like(replicas)), **predicted}
+    if previous is not None:
+        require_same_cluster(previous, profile, options.ranks)
+    if options.ranks > 1:
+        layouts = place_model(load, replicas, options, transfers=lower is not None, previous=previous)
+        low = low_slots.copy()
+        for i, layout in enumerate(layouts):
+            if lower is not None and (layout.replicas != replicas[i]).any():
+                low[i] = lower(i, layout.replicas)
+        slots = ranked_slots(layouts, low, sizes, load, options, previous)
+    else:
+        slots = [layer_slots(r, q, sizes.low_name) for r, q in zip(replicas, low_slots, strict=True)]
+    plan = build_plan(profile, options, sizes, slots, limit_bytes, preset, known)
+    loads = [slot_load(n, layer) for n, layer in zip(counts, plan.layers, strict=True)]
+    known["lis"] = float(np.mean([slot_lis(x, profile.num_experts) for x in loads]))
+    if options.ranks > 1:
+        on_ranks = [rank_load(x, layer, options.ranks) for x, layer in zip(loads, plan.layers, strict=True)]
+        known["rank_imbalance"] = float(np.mean(max_over_mean(np.stack(on_ranks))))
+    if previous is not None:
+        known["moved_bytes"] = float(moved_bytes(plan, previous, sizes.original, sizes.low))
+    return replace(plan, predicted=known)
 
 
 def mean_lis(load: FloatArray, replicas: IntArray) -> float:

@@ -20,16 +20,15 @@ Without a budget to fill, the optimum stops by itself. The solver is `knapsack`;
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 
 from equipoise.errors import InputError
 from equipoise.options import PlanOptions
-from equipoise.planning.assemble import build_plan, mean_lis
+from equipoise.planning.assemble import finish
 from equipoise.planning.importance import precision_cost
 from equipoise.planning.knapsack import Choice, LayerProblem, choose
-from equipoise.planning.layer_options import slots_of
+from equipoise.planning.layer_options import low_slots, slots_of
 from equipoise.planning.replicas import water_fill
 from equipoise.planning.sizes import Sizes, slot_sizes
 from equipoise.types import FloatArray, IntArray, Plan, Profile
@@ -38,7 +37,7 @@ SEVERITY = {"int8": 0.05, "float16": 0.005}
 """LIS that holding every expert at this precision is worth (the exchange rate at quality_weight 1)."""
 
 
-def plan_joint(profile: Profile, options: PlanOptions) -> Plan:
+def plan_joint(profile: Profile, options: PlanOptions, previous: Plan | None = None) -> Plan:
     """Plan replicas and precisions together; see the module.
 
     Raises:
@@ -53,13 +52,15 @@ def plan_joint(profile: Profile, options: PlanOptions) -> Plan:
     if choice is None:
         raise _too_small(problems, sizes, limit, options)
     replicas, low = _slots(problems, choice)
-    counts = profile.counts.astype(np.float64)
-    predicted = {
-        "lis": mean_lis(counts, replicas),
-        "lis_before": mean_lis(counts, np.ones_like(replicas)),
-        "quality_loss": quality_loss(cost, replicas, low),
-    }
-    return build_plan(profile, options, sizes, replicas, low, limit, "joint", predicted)
+    predicted = {"quality_loss": quality_loss(cost, replicas, low)}
+
+    def lower(i: int, slots: IntArray) -> IntArray:
+        return low_slots(slots, int(choice.units[i]), problems[i].cost, problems[i].most_low)
+
+    load = profile.counts[None].astype(np.float64)
+    return finish(
+        profile, options, sizes, replicas, low, limit, "joint", predicted, load=load, previous=previous, lower=lower
+    )
 
 
 def quality_cost(profile: Profile, options: PlanOptions, sizes: Sizes) -> FloatArray:
@@ -198,8 +199,3 @@ def _slots(problems: list[LayerProblem], choice: Choice) -> tuple[IntArray, IntA
         for p, s, u in zip(problems, choice.spare, choice.units, strict=True)
     ]
     return np.stack([p[0] for p in parts]), np.stack([p[1] for p in parts])
-
-
-def with_quality_weight(options: PlanOptions, weight: float) -> PlanOptions:
-    """The same options at another exchange rate of quality against balance."""
-    return replace(options, quality_weight=weight)

@@ -131,13 +131,25 @@ def slots_of(order: IntArray, spare: int, units: int, cost: FloatArray, most_low
     Returns:
         replicas, low_slots: int64 [E].
     """
-    experts = len(cost)
-    replicas = 1 + np.bincount(order[:spare], minlength=experts).astype(np.int64)
-    key = cost / replicas
-    ranking = np.argsort(key, kind="stable")
+    replicas = 1 + np.bincount(order[:spare], minlength=len(cost)).astype(np.int64)
+    return replicas, low_slots(replicas, units, cost, most_low)
+
+
+def low_slots(replicas: IntArray, units: int, cost: FloatArray, most_low: int) -> IntArray:
+    """Which slots to lower: the cheapest units; see the module.
+
+    Args:
+        replicas: int64 [E] slots of each expert.
+        units: low slots of the layer.
+        cost: [E] cost of holding the expert at the lower precision only.
+        most_low: at most so many experts without an original slot.
+
+    Returns:
+        int64 [E] low slots of each expert.
+    """
+    ranking = np.argsort(cost / replicas, kind="stable")
     free = replicas[ranking] - 1
     free[:most_low] += 1
-    taken = np.clip(units - (np.cumsum(free) - free), 0, free)
-    low = np.zeros(experts, dtype=np.int64)
-    low[ranking] = taken
-    return replicas, low
+    low = np.zeros(len(cost), dtype=np.int64)
+    low[ranking] = np.clip(units - (np.cumsum(free) - free), 0, free)
+    return low

@@ -19,7 +19,7 @@ import numpy as np
 
 from equipoise.errors import InputError
 from equipoise.options import PlanOptions
-from equipoise.planning.assemble import build_plan, mean_lis
+from equipoise.planning.assemble import finish
 from equipoise.planning.importance import precision_cost
 from equipoise.planning.sizes import slot_sizes
 from equipoise.types import IntArray, Plan, Profile
@@ -65,7 +65,7 @@ def paper_slots(profile: Profile, options: PlanOptions) -> tuple[IntArray, IntAr
     return replicas, low
 
 
-def plan_paper(profile: Profile, options: PlanOptions) -> Plan:
+def plan_paper(profile: Profile, options: PlanOptions, previous: Plan | None = None) -> Plan:
     """Plan as R&Q does; see the module.
 
     Raises:
@@ -93,6 +93,5 @@ def plan_paper(profile: Profile, options: PlanOptions) -> Plan:
                 "preset joint"
             )
     name = "paper" if options.strategy == "rq" else options.strategy
-    counts = profile.counts.astype(np.float64)
-    predicted = {"lis": mean_lis(counts, replicas), "lis_before": mean_lis(counts, np.ones_like(replicas))}
-    return build_plan(profile, options, sizes, replicas, low, limit, name, predicted)
+    load = profile.counts[None].astype(np.float64)
+    return finish(profile, options, sizes, replicas, low, limit, name, {}, load=load, previous=previous)

@@ -7,10 +7,12 @@ a level c each expert needs at least ceil(n/c) slots whatever the others do, and
 a further slot before its n/r is the level itself. So one run yields the whole curve "largest load against R".
 Ties go to the expert with fewer slots, so a layer without load is filled evenly (not expert 0 R times).
 
-Cost: O(R E) a layer, compiled.
+Cost: O(E + R log E) a layer, compiled.
 """
 
 from __future__ import annotations
+
+import heapq
 
 import numpy as np
 
@@ -21,22 +23,19 @@ from equipoise.types import FloatArray, IntArray
 @compiled
 def fill(load: FloatArray, spare: int, most: int, order: IntArray, level: FloatArray) -> int:
     """Water-fill one layer; see `water_fill`. Writes `order` [spare] and `level` [spare + 1]; returns those given."""
-    experts = load.shape[0]
-    r = np.ones(experts, dtype=np.int64)
-    share = load.copy()
+    # A heap of (-n/r, r, e); an expert that may have no more slots leaves it, and its load stays a floor.
+    heap = [(-load[e], 1, e) for e in range(load.shape[0])]
+    heapq.heapify(heap)
+    floor = 0.0
     for step in range(spare + 1):
-        best = -1
-        top = 0.0
-        for e in range(experts):
-            top = max(top, share[e])
-            if r[e] < most and (best < 0 or share[e] > share[best] or (share[e] == share[best] and r[e] < r[best])):
-                best = e
-        level[step] = top
-        if step == spare or best < 0:
+        while len(heap) > 0 and heap[0][1] >= most:
+            floor = max(floor, -heapq.heappop(heap)[0])
+        level[step] = max(floor, -heap[0][0]) if len(heap) > 0 else floor
+        if step == spare or len(heap) == 0:
             return step
-        order[step] = best
-        r[best] += 1
-        share[best] = load[best] / r[best]
+        r, e = heap[0][1], heap[0][2]
+        order[step] = e
+        heapq.heapreplace(heap, (-load[e] / (r + 1), r + 1, e))
     return spare
 
 

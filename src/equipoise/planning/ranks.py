@@ -1,0 +1,92 @@
+"""A whole model on ranks: every layer placed, precisions spread so that ranks hold about equal bytes, shares set."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from equipoise.errors import InputError
+from equipoise.options import PlanOptions
+from equipoise.planning.churn import stay
+from equipoise.planning.placement import Layout, per_window, place_grouped, place_layer
+from equipoise.planning.shares import best_shares
+from equipoise.planning.sizes import Sizes
+from equipoise.types import FloatArray, IntArray, Plan, Slot
+
+
+def place_model(
+    load: FloatArray, replicas: IntArray, options: PlanOptions, *, transfers: bool, previous: Plan | None
+) -> list[Layout]:
+    """Place every layer.
+
+    Args:
+        load: [W, L, E] tokens.
+        replicas: int64 [L, E] slots of each expert.
+        options: ranks, nodes, group-limited and groups.
+        transfers: whether replica counts may change (their sum a layer stays).
+        previous: a plan whose slots should stay where they are as far as possible.
+
+    Raises:
+        InputError: fewer slots than ranks, or groups that cannot be divided.
+    """
+    layouts = []
+    groups = options.groups or options.nodes
+    for i in range(load.shape[1]):
+        slots = int(replicas[i].sum())
+        if slots < options.ranks:
+            raise InputError(f"{slots} slots a layer cannot fill {options.ranks} ranks: give fewer ranks or more slots")
+        rows = np.ascontiguousarray(load[:, i])
+        if options.group_limited:
+            layout = place_grouped(
+                rows, slots, options.ranks, options.nodes, groups, transfers=transfers, seed=options.seed
+            )
+        else:
+            layout = place_layer(rows, slots, options.ranks, start=replicas[i], transfers=transfers, seed=options.seed)
+        if previous is not None:
+            nodes = options.nodes if options.group_limited else 1
+            layout = stay(layout, previous.layers[i], rows, nodes, transfers, options.group_limited)
+        layouts.append(layout)
+    return layouts
+
+
+def ranked_slots(
+    layouts: list[Layout], low: IntArray, sizes: Sizes, load: FloatArray, options: PlanOptions, previous: Plan | None
+) -> list[tuple[Slot, ...]]:
+    """Slots with rank, precision and share, sorted by expert, original precision first.
+
+    Which of an expert's ranks get its low slots is free: the ones that hold it so already (in `previous`) do, then
+    those with the most bytes so far, over all layers, so that ranks end up with about equal memory.
+
+    Args:
+        layouts: of each layer.
+        low: int64 [L, E] low slots of each expert.
+        sizes: bytes of slots.
+        load: [W, L, E] tokens, for unequal shares.
+        options: ranks, and whether shares are even.
+        previous: what is in place.
+    """
+    held = [0] * options.ranks
+    out = []
+    for i, layout in enumerate(layouts):
+        before = set()
+        if previous is not None:
+            before = {(s.expert, s.rank) for s in previous.layers[i].slots if s.precision != "original"}
+        rows: list[tuple[int, bool, int]] = []
+        for e, r in enumerate(layout.replicas.tolist()):
+            q = int(low[i, e])
+            ranks = layout.ranks_of(e)
+            ranks.sort(key=lambda g: ((e, g) not in before, -held[g], g))
+            for at, g in enumerate(ranks):
+                lowered = at < q
+                held[g] += int(sizes.low[i, e] if lowered else sizes.original[i, e])
+                rows.append((e, lowered, g))
+            if len(ranks) != r:
+                raise AssertionError(f"layer {i}: expert {e} has {len(ranks)} places for {r} slots")
+        rows.sort()
+        expert = np.array([row[0] for row in rows], dtype=np.int64)
+        shares = 1.0 / layout.replicas[expert]
+        if options.shares == "lp" and options.ranks > 1:
+            rank = np.array([row[2] for row in rows], dtype=np.int64)
+            shares = best_shares(per_window(load[:, i], options.ranks), expert, rank, options.ranks)
+        names = ("original", sizes.low_name)
+        out.append(tuple(Slot(e, names[b], g, float(x)) for (e, b, g), x in zip(rows, shares, strict=True)))  # type: ignore[arg-type]
+    return out
