@@ -105,8 +105,10 @@ def _change(difference: Difference | None) -> tuple[str, ...]:
     if difference is None:
         return ()
     unit = {"points": " points", "%": " %"}.get(difference.unit, "")
-    low, high = difference.low, difference.high
-    return (f"{difference.value:+.2f}{unit}", f"{low:+.2f} to {high:+.2f}" if low == low else "one item: none")
+    places = 2 if difference.unit == "points" else 3
+    low, high = (f"{end:+.{places}f}" for end in (difference.low, difference.high))
+    interval = f"{low} to {high}" if difference.low == difference.low else "one item: none"
+    return (f"{difference.value:+.{places}f}{unit}", interval)
 
 
 def _text_table(runs: list[Evaluation], comparison: Comparison | None) -> None:
