@@ -16,6 +16,7 @@ from equipoise.errors import InputError
 from equipoise.files import load_plan, load_profile, save_plan, save_profile
 from equipoise.metrics import lis
 from equipoise.reporting import document, write_report
+from equipoise.reporting.headline import change
 from equipoise.reporting.run_directory import load_run
 from equipoise.reporting.svg import ROLES
 from equipoise.types import Profile
@@ -187,6 +188,20 @@ def test_headline_and_how_it_was_made(small_run: Path, small_page: Page) -> None
     assert made["profile", "sha256"] == run.plan.profile_sha256
     assert float(made["result", "lis_after"]) == s.lis_after
     assert made["model", "model_type"] == "mixtral"
+
+
+@pytest.mark.parametrize(
+    ("delta", "ci95", "words"),
+    [
+        (0.032, (-0.05, 0.114), "+0.03 %, 95 % interval −0.05 to +0.11 %"),
+        (-0.0004, (-0.0127, 0.0118), "0.000 %, 95 % interval −0.013 to +0.012 %"),
+        (58.9, None, "+58.90 %, no interval: too few windows of text"),
+    ],
+)
+def test_a_change_is_told_with_the_digits_that_show_it(
+    delta: float, ci95: tuple[float, float] | None, words: str
+) -> None:
+    assert change(delta, ci95).replace("\N{NO-BREAK SPACE}", " ") == words
 
 
 def test_the_same_run_gives_the_same_bytes(small_run: Path, small_page: Page, tmp_path: Path) -> None:

@@ -44,11 +44,18 @@ def _share(part: float) -> str:
     return f"{100 * part:.1f}{PERCENT}"
 
 
-def interval(ci95: tuple[float, float] | None) -> str:
-    """The 95 % interval of a change in percent, in words."""
+def change(delta: float, ci95: tuple[float, float] | None) -> str:
+    """A change in percent with its 95 % interval; a third decimal where two would show nothing.
+
+    Args:
+        delta: percent.
+        ci95: percent, or None.
+    """
+    digits = 2 if max(map(abs, (delta, *(ci95 or ())))) >= 0.1 else 3
+    text = f"{signed(delta, digits)}{PERCENT}, "
     if ci95 is None:
-        return "no interval: too few windows of text"
-    return f"95{PERCENT} interval {signed(ci95[0])} to {signed(ci95[1])}{PERCENT}"
+        return text + "no interval: too few windows of text"
+    return f"{text}95{PERCENT} interval {signed(ci95[0], digits)} to {signed(ci95[1], digits)}{PERCENT}"
 
 
 def headline(run: Run) -> str:
@@ -59,8 +66,8 @@ def headline(run: Run) -> str:
         f"On held-out text the busiest slot now carries {s.lis_after:.2f} times an even share of its layer's tokens, "
         f"where the busiest expert carried {s.lis_before:.2f} times (LIS, mean over {layers} MoE "
         f"layer{'s' if layers > 1 else ''}), in {_share(s.bytes_after / s.bytes_before)} of the experts' original "
-        f"memory; perplexity went from {s.ppl_before:.3f} to {s.ppl_after:.3f} ({signed(s.ppl_delta_pct)}{PERCENT}, "
-        f"{interval(s.ppl_delta_ci95)}), and {_share(s.tokens_quantized)} of token selections ran on a quantized slot."
+        f"memory; perplexity went from {s.ppl_before:.3f} to {s.ppl_after:.3f} ("
+        f"{change(s.ppl_delta_pct, s.ppl_delta_ci95)}), and {_share(s.tokens_quantized)} of token selections ran on a quantized slot."
     )
 
 
@@ -85,7 +92,7 @@ def tiles(run: Run) -> list[Tile]:
             "Perplexity, held out",
             f"{s.ppl_before:.3f}",
             f"{s.ppl_after:.3f}",
-            f"{signed(s.ppl_delta_pct)}{PERCENT}, {interval(s.ppl_delta_ci95)}",
+            change(s.ppl_delta_pct, s.ppl_delta_ci95),
         ),
         Tile(
             "Selections on quantized slots",

@@ -97,7 +97,7 @@ def plan_table(run: Run, figures: Figures) -> Table:
     totals += [str(sum(s.precision == name for p in run.plan.layers for s in p.slots)) for name in PRECISIONS]
     totals += [number(summary.bytes_before / MIB), number(summary.bytes_after / MIB)]
     totals += [number(100 * summary.tokens_quantized), ""]
-    means = ["mean over layers", *[""] * (len(totals) - 2), number(float(figures.slot_imbalance.mean()))]
+    means = ["mean", *[""] * (len(totals) - 2), number(float(figures.slot_imbalance.mean()))]
     if figures.rank_imbalance is not None:
         totals.append("")
         means.append(number(float(figures.rank_imbalance.mean())))
