@@ -58,6 +58,7 @@ def apply_checkpoint(
         InputError: before anything is written, when model, plan or destination will not do.
     """
     out = Path(out)
+    require_destination(out, force)
     source = find_source(model)
     require_destination(out, force, [source.path])
     skeleton = empty_model(source)

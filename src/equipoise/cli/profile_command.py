@@ -44,6 +44,7 @@ def command(model: str, data: tuple[Path, ...], out: Path, force: bool, **values
 
     require_destination(out, force)
     source = find_source(model)
+    require_destination(out, force, [source.path, *data])
     if not data:
         if source.name != DEMO:
             raise InputError("no calibration text: give --data FILE (.jsonl, .jsonl.gz with a text field, or .txt)")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from equipoise.errors import InputError
 from equipoise.files.atomic import atomic_file
-from equipoise.types import Budget, LayerPlan, ModelIdentity, Plan, Precision, Slot
+from equipoise.types import PRECISIONS, Budget, LayerPlan, ModelIdentity, Plan, Precision, Slot
 
 FORMAT = "equipoise-plan"
 VERSION = 1
@@ -143,6 +143,8 @@ def check_plan(plan: Plan) -> Plan:
     Raises:
         InputError: naming the layer and what is wrong with it.
     """
+    if not plan.layers:
+        raise InputError("a plan needs at least one layer")
     if len(plan.layers) != plan.model.num_layers:
         raise InputError(f"{len(plan.layers)} layers, but the model has {plan.model.num_layers}")
     if len({(layer.layer, layer.name) for layer in plan.layers}) != len(plan.layers):
@@ -151,21 +153,29 @@ def check_plan(plan: Plan) -> Plan:
         where = f"layer {layer.layer}"
         if layer.num_experts != plan.model.num_experts:
             raise InputError(f"{where}: {layer.num_experts} experts, but the model has {plan.model.num_experts}")
-        shares: dict[int, float] = dict.fromkeys(range(layer.num_experts), 0.0)
+        shares: dict[int, float] = {}
         for slot in layer.slots:
-            if slot.expert not in shares:
+            if not 0 <= slot.expert < layer.num_experts:
                 raise InputError(f"{where}: expert {slot.expert} is out of range 0..{layer.num_experts - 1}")
-            if slot.rank >= plan.ranks:
+            if not 0 <= slot.rank < plan.ranks:
                 raise InputError(f"{where}: rank {slot.rank} is out of range 0..{plan.ranks - 1}")
-            shares[slot.expert] += slot.share
-        for expert, share in shares.items():
-            if share == 0:
-                raise InputError(f"{where}: expert {expert} has no slot")
+            if slot.precision not in PRECISIONS:
+                raise InputError(f"{where}: precision {slot.precision!r} is not one of {', '.join(PRECISIONS)}")
+            if not 0 < slot.share <= 1:
+                raise InputError(f"{where}: a share of expert {slot.expert} is {slot.share:g}, not in (0, 1]")
+            shares[slot.expert] = shares.get(slot.expert, 0.0) + slot.share
+        if len(shares) < layer.num_experts:
+            missing = next(expert for expert in range(layer.num_experts) if expert not in shares)
+            raise InputError(f"{where}: expert {missing} has no slot")
+        for expert, share in sorted(shares.items()):
             if not math.isclose(share, 1.0, abs_tol=1e-6):
                 raise InputError(f"{where}: the shares of expert {expert} add up to {share:g}, not 1")
         order = [(s.expert, s.precision != "original") for s in layer.slots]
         if order != sorted(order):
             raise InputError(f"{where}: slots are not sorted by expert with the original precision first")
+    most = max(len(layer.slots) for layer in plan.layers)
+    if plan.ranks > most:
+        raise InputError(f"{plan.ranks} ranks, but no layer has more than {most} slots")
     if plan.budget.plan_bytes > plan.budget.limit_bytes:
         raise InputError(
             f"the plan is over budget: {plan.budget.plan_bytes:,} bytes of {plan.budget.limit_bytes:,} allowed"
@@ -183,13 +193,24 @@ def load_plan(path: Path) -> Plan:
     if not path.is_file():
         raise InputError(f"no such plan: {path}")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+    except InputError as error:
+        raise InputError(f"plan {path}: {error}") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of thousands of digits
         raise InputError(f"plan {path} is not JSON ({error})") from error
     try:
         return plan_from_json(document)
     except InputError as error:
         raise InputError(f"plan {path}: {error}") from None
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused where a key stands twice: json would keep the last and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise InputError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
 
 
 def save_plan(plan: Plan, path: Path) -> None:

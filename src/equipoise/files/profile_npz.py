@@ -21,6 +21,8 @@ from equipoise.types import PRECISIONS, Profile
 
 FORMAT = "equipoise-profile"
 VERSION = 1
+_LIMIT = 2**48
+"""Above any real count or size, and low enough that the sum over all layers and experts fits int64."""
 _IMPORTANCE = "importance_"
 _BYTES = "expert_bytes_"
 
@@ -97,7 +99,7 @@ def _from_arrays(data: dict[str, np.ndarray]) -> Profile:
             raise InputError(f"key {name!r} is missing; write it with `equipoise profile`")
     try:
         meta: Any = json.loads(str(data["meta"]))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
         raise InputError(f"meta is not JSON ({error})") from error
     if not isinstance(meta, dict):
         raise InputError("meta is not a JSON object")
@@ -134,6 +136,9 @@ def check_profile(profile: Profile) -> Profile:
         raise InputError(f"layer_ids has {len(layer_ids)} entries for {layers} layers")
     if profile.layer_names and len(profile.layer_names) != layers:
         raise InputError(f"layer_names has {len(profile.layer_names)} entries for {layers} layers")
+    names = profile.layer_names or ("",) * layers
+    if len(set(zip(layer_ids.tolist(), names, strict=True))) < layers:
+        raise InputError("layer_ids and layer_names name a layer twice")
     series = None
     if profile.series is not None:
         series = _whole(profile.series, "series", 3)
@@ -149,12 +154,17 @@ def check_profile(profile: Profile) -> Profile:
             )
         if topk_ids.size and (int(topk_ids.min()) < 0 or int(topk_ids.max()) >= experts):
             raise InputError(f"topk_ids holds an expert outside 0..{experts - 1}")
+        ids = topk_ids.transpose(1, 0, 2).reshape(layers, -1)
+        if not all(np.array_equal(np.bincount(row, minlength=experts), n) for row, n in zip(ids, counts, strict=True)):
+            raise InputError("topk_ids do not add up to counts")
     importance = {}
     for name, values in profile.importance.items():
         if values.shape != counts.shape or values.dtype.kind not in "fiu":
             raise InputError(f"importance_{name} has shape {values.shape}, counts has {counts.shape}")
         if not np.isfinite(values).all():
             raise InputError(f"importance_{name} holds NaN or inf")
+        if np.abs(values.astype(np.float64)).max() > np.finfo(np.float32).max:
+            raise InputError(f"importance_{name} holds numbers beyond float32")
         importance[name] = values.astype(np.float32)
     sizes = {}
     for name, amounts in profile.expert_bytes.items():
@@ -178,10 +188,10 @@ def _whole(array: np.ndarray, name: str, ndim: int) -> np.ndarray:
             raise InputError(f"{name} holds NaN or inf")
         if not np.array_equal(array, np.rint(array)):
             raise InputError(f"{name} holds numbers that are not whole")
-        if array.size and np.abs(array).max() >= 2**63:
-            raise InputError(f"{name} holds numbers beyond 64 bits")
     elif array.dtype.kind not in "iu":
         raise InputError(f"{name} has dtype {array.dtype}, integers are needed")
     if array.size and array.min() < 0:
         raise InputError(f"{name} holds negative numbers")
+    if array.size and int(array.max()) >= _LIMIT:
+        raise InputError(f"{name} holds numbers of {_LIMIT:,} and more")
     return array.astype(np.int64)

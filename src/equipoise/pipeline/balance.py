@@ -101,6 +101,7 @@ def balance(
     out = Path(out)
     require_destination(out, force)
     source = find_source(model if model is not None else DEMO)
+    require_destination(out, force, [source.path, *data, *heldout])
     empty_model(source)
     split = _split(source, data, heldout, options, profile_options, plan_options)
 
