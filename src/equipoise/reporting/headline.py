@@ -67,7 +67,8 @@ def headline(run: Run) -> str:
         f"where the busiest expert carried {s.lis_before:.2f} times (LIS, mean over {layers} MoE "
         f"layer{'s' if layers > 1 else ''}), in {_share(s.bytes_after / s.bytes_before)} of the experts' original "
         f"memory; perplexity went from {s.ppl_before:.3f} to {s.ppl_after:.3f} ("
-        f"{change(s.ppl_delta_pct, s.ppl_delta_ci95)}), and {_share(s.tokens_quantized)} of token selections ran on a quantized slot."
+        f"{change(s.ppl_delta_pct, s.ppl_delta_ci95)}), and "
+        f"{_share(s.tokens_quantized)} of token selections ran on a quantized slot."
     )
 
 
