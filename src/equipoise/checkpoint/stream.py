@@ -23,14 +23,13 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from equipoise.checkpoint.source import INDEX, StoredWeights, names_by_layer
 from equipoise.errors import InputError
 from equipoise.files.atomic import atomic_directory, require_destination
 from equipoise.files.plan_json import check_plan, plan_to_json
 from equipoise.models.families import MoELayer, find_layers
-from equipoise.models.loading import ModelSource, empty_model, find_source
+from equipoise.models.loading import ModelSource, empty_model, find_source, progress_bars
 from equipoise.progress import Track, quietly
 from equipoise.runtime.experts import IMPLEMENTATION
 from equipoise.runtime.install import check_fits, fill_layer, stored_bytes
@@ -151,14 +150,8 @@ def _read_layer(skeleton: PreTrainedModel, stored: StoredWeights, names: list[st
         dtype_plan=skeleton._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(skeleton),
     )
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with stored.read(names) as slices:
-            info, _ = convert_and_load_state_dict_in_model(skeleton, slices, config)
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+    with progress_bars(shown=False), stored.read(names) as slices:
+        info, _ = convert_and_load_state_dict_in_model(skeleton, slices, config)
     empty = [name for name, p in layer.experts.named_parameters() if p.is_meta]
     if empty or info.conversion_errors:
         raise InputError(f"the checkpoint lacks weights of {layer.name}: {', '.join(empty) or info.conversion_errors}")

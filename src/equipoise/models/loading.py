@@ -6,8 +6,11 @@ weight is read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from equipoise.demo import model_dir
 from equipoise.errors import InputError
@@ -170,6 +174,17 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise InputError(f"{source.name} has no readable tokenizer: {_first_line(error)}") from error
 
 
+@contextlib.contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Show transformers' own bars inside the block, or keep them out of a log."""
+    before = transformers_logging.is_progress_bar_enabled()
+    (transformers_logging.enable_progress_bar if shown else transformers_logging.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        (transformers_logging.enable_progress_bar if before else transformers_logging.disable_progress_bar)()
+
+
 def load_model(
     name: str | Path,
     *,
@@ -191,7 +206,8 @@ def load_model(
     source = find_source(name)
     words = load_tokenizer(source) if tokenizer else None
     try:
-        model = auto_class(source.config).from_pretrained(source.path, dtype=dtype)
+        with progress_bars(shown=sys.stderr.isatty()):
+            model = auto_class(source.config).from_pretrained(source.path, dtype=dtype)
     except OSError as error:
         if not any(source.path.glob("*.safetensors")):
             raise InputError(f"{source.name} has no safetensors weights: {_first_line(error)}") from error
