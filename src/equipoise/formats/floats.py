@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -41,11 +42,13 @@ class Float16:
         """Cast to float16.
 
         Raises:
-            InputError: a weight is beyond the range of float16 (65,504).
+            InputError: a weight is beyond the range of float16 (65,504), or NaN.
         """
-        limit = torch.finfo(torch.float16).max
-        if weight.numel() and float(weight.abs().max()) > limit:
-            raise InputError(f"a weight of magnitude {float(weight.abs().max()):.3g} does not fit float16; use int8")
+        largest = float(weight.abs().max()) if weight.numel() else 0.0
+        if not math.isfinite(largest):
+            raise InputError("a weight is NaN or inf; the checkpoint is damaged")
+        if largest > torch.finfo(torch.float16).max:
+            raise InputError(f"a weight of magnitude {largest:.3g} does not fit float16; use int8")
         return {"": weight.to(torch.float16)}
 
     def decode(self, stored: Mapping[str, torch.Tensor], out_axis: int, dtype: torch.dtype) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
     scale[o] = max_i |W[o, i]| / 127        q[o, i] = round(W[o, i] / scale[o])        W' = q * scale
 
-An all-zero channel has scale 1. Rounding error is at most scale / 2 an element.
+A channel of zeros, or of numbers below the normal range of float32, has scale 1 (and becomes zero). Rounding error
+is at most scale / 2 an element, but for the float32 rounding of the scale itself (2**-24 of the element).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
+from equipoise.errors import InputError
 from equipoise.formats.base import Part
 
 
@@ -30,10 +32,17 @@ class Int8:
         return (Part("", shape, torch.int8), Part("_scale", tuple(scale), torch.float32))
 
     def encode(self, weight: torch.Tensor, out_axis: int) -> dict[str, torch.Tensor]:
-        """Round to nearest (ties to even)."""
+        """Round to nearest (ties to even).
+
+        Raises:
+            InputError: the weight holds NaN or inf.
+        """
         w = weight.to(torch.float32)
         scale = w.abs().amax(dim=_in_axis(out_axis), keepdim=True) / 127
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        if not bool(torch.isfinite(scale).all()):
+            raise InputError("a weight is NaN or inf; the checkpoint is damaged")
+        # A scale below the normal range has too few bits left to divide by.
+        scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
         return {"": torch.round(w / scale).clamp_(-127, 127).to(torch.int8), "_scale": scale}
 
     def decode(self, stored: Mapping[str, torch.Tensor], out_axis: int, dtype: torch.dtype) -> torch.Tensor:
