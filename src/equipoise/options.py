@@ -72,6 +72,7 @@ class PlanOptions:
         expert_bytes: original bytes of one expert, for traces that carry no sizes.
         quality_weight: how much predicted quality loss weighs against imbalance in `joint`.
         slot_weight: how much LIS a doubling of a layer's slots must be worth in `joint` (0: fill the budget).
+        robust_windows: plan on at most so many windows of the profile, shrunk for their size (1: only its total).
         seed: of everything random.
     """
 
@@ -92,6 +93,7 @@ class PlanOptions:
     expert_bytes: int | None = None
     quality_weight: float = 1.0
     slot_weight: float = 0.7
+    robust_windows: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -122,6 +124,8 @@ class PlanOptions:
         for name in ("quality_weight", "slot_weight"):
             if not 0 <= getattr(self, name) < 1e6:
                 raise InputError(f"{name.replace('_', '-')} must be in [0, 1e6), got {getattr(self, name)}")
+        if self.robust_windows < 1:
+            raise InputError(f"robust-windows must be at least 1, got {self.robust_windows}")
         if self.seed < 0:
             raise InputError(f"seed must not be negative, got {self.seed}")
 

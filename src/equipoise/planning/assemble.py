@@ -99,7 +99,7 @@ def finish(
     preset: str,
     predicted: Mapping[str, float],
     *,
-    load: FloatArray,
+    load: Sequence[FloatArray],
     previous: Plan | None,
     lower: Callable[[int, IntArray], IntArray] | None = None,
 ) -> Plan:
@@ -114,7 +114,7 @@ def finish(
         limit_bytes: bytes allowed.
         preset: how it was made.
         predicted: what is expected besides `lis`, `lis_before` and the rank imbalances.
-        load: [W, L, E] windows it is planned on.
+        load: of each layer [W, E], the windows it is planned on.
         previous: a plan in place, whose slots should stay.
         lower: chooses the low slots of a layer anew when placement changed its replica counts; None: it may not.
     """

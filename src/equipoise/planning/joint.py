@@ -30,8 +30,11 @@ from equipoise.planning.importance import precision_cost
 from equipoise.planning.knapsack import Choice, LayerProblem, choose
 from equipoise.planning.layer_options import low_slots, slots_of
 from equipoise.planning.replicas import water_fill
+from equipoise.planning.robust import effective_load, lis_curve, shrink, windows_of
 from equipoise.planning.sizes import Sizes, slot_sizes
 from equipoise.types import FloatArray, IntArray, Plan, Profile
+
+_NO_ORDER = np.empty(0, dtype=np.int64)
 
 SEVERITY = {"int8": 0.05, "float16": 0.005}
 """LIS that holding every expert at this precision is worth (the exchange rate at quality_weight 1)."""
@@ -47,7 +50,8 @@ def plan_joint(profile: Profile, options: PlanOptions, previous: Plan | None = N
         raise InputError(f"strategy {options.strategy} is an ablation of preset paper: give --preset paper")
     sizes = slot_sizes(profile, options)
     cost = quality_cost(profile, options, sizes)
-    limit, problems = layer_problems(profile, options, sizes, cost)
+    load = robust_load(profile, options)
+    limit, problems = layer_problems(profile, options, sizes, cost, load)
     choice = choose(problems, limit)
     if choice is None:
         raise _too_small(problems, sizes, limit, options)
@@ -57,7 +61,6 @@ def plan_joint(profile: Profile, options: PlanOptions, previous: Plan | None = N
     def lower(i: int, slots: IntArray) -> IntArray:
         return low_slots(slots, int(choice.units[i]), problems[i].cost, problems[i].most_low)
 
-    load = profile.counts[None].astype(np.float64)
     return finish(
         profile, options, sizes, replicas, low, limit, "joint", predicted, load=load, previous=previous, lower=lower
     )
@@ -85,7 +88,7 @@ def quality_loss(cost: FloatArray, replicas: IntArray, low: IntArray) -> float:
 
 
 def layer_problems(
-    profile: Profile, options: PlanOptions, sizes: Sizes, cost: FloatArray
+    profile: Profile, options: PlanOptions, sizes: Sizes, cost: FloatArray, load: list[FloatArray]
 ) -> tuple[int, list[LayerProblem]]:
     """The bytes allowed, and each layer's part of the problem.
 
@@ -117,8 +120,8 @@ def layer_problems(
     scale = layers * options.quality_weight * SEVERITY[sizes.low_name]
     problems = []
     for l in range(layers):  # noqa: E741
-        n = profile.counts[l].astype(np.float64)
-        idle = n.sum() == 0
+        n = effective_load(load[l])
+        idle = not profile.counts[l].any()
         price = 0.0 if fixed is not None else options.slot_weight / experts
         if fixed is not None:
             spare = fixed
@@ -128,10 +131,10 @@ def layer_problems(
             spare = max(0, limit - sum(least)) // int(sizes.low[l, 0])
             if price:
                 # Beyond this the price of the slots alone exceeds any gain of LIS.
-                spare = min(spare, int(experts * n.max() / n.sum() / price))
-        order, level = water_fill(n, spare, options.ranks if options.ranks > 1 else None)
-        lis = level * (experts / n.sum()) if not idle else np.ones(len(level))
-        allowed = _allowed(len(level), experts, options, fixed)
+                spare = min(spare, int(float(lis_curve(_NO_ORDER, load[l])[0]) / price))
+        order, _ = water_fill(n, spare, options.ranks if options.ranks > 1 else None)
+        lis = lis_curve(order, load[l])
+        allowed = _allowed(len(lis), experts, options, fixed)
         # More replicas for no better a value are dominated: they take more bytes and lose no less quality.
         value = np.where(allowed, lis + price * np.arange(len(lis)), np.inf)
         allowed[1:] &= value[1:] < np.minimum.accumulate(value)[:-1]
@@ -149,6 +152,12 @@ def layer_problems(
             )
         )
     return limit, problems
+
+
+def robust_load(profile: Profile, options: PlanOptions) -> list[FloatArray]:
+    """Load fractions of each layer in the windows planned on, L arrays [W, E]; see `robust`."""
+    windows = windows_of(profile, options.robust_windows)
+    return [shrink(np.ascontiguousarray(windows[:, l])) for l in range(windows.shape[1])]  # noqa: E741
 
 
 def _spare_of_slots(options: PlanOptions, experts: int) -> int:

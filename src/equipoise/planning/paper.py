@@ -93,5 +93,5 @@ def plan_paper(profile: Profile, options: PlanOptions, previous: Plan | None = N
                 "preset joint"
             )
     name = "paper" if options.strategy == "rq" else options.strategy
-    load = profile.counts[None].astype(np.float64)
+    load = list(profile.counts[:, None].astype(np.float64))
     return finish(profile, options, sizes, replicas, low, limit, name, {}, load=load, previous=previous)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from equipoise.errors import InputError
@@ -14,12 +16,12 @@ from equipoise.types import FloatArray, IntArray, Plan, Slot
 
 
 def place_model(
-    load: FloatArray, replicas: IntArray, options: PlanOptions, *, transfers: bool, previous: Plan | None
+    load: Sequence[FloatArray], replicas: IntArray, options: PlanOptions, *, transfers: bool, previous: Plan | None
 ) -> list[Layout]:
     """Place every layer.
 
     Args:
-        load: [W, L, E] tokens.
+        load: of each layer [W, E] tokens or fractions in each window.
         replicas: int64 [L, E] slots of each expert.
         options: ranks, nodes, group-limited and groups.
         transfers: whether replica counts may change (their sum a layer stays).
@@ -30,11 +32,10 @@ def place_model(
     """
     layouts = []
     groups = options.groups or options.nodes
-    for i in range(load.shape[1]):
+    for i, rows in enumerate(load):
         slots = int(replicas[i].sum())
         if slots < options.ranks:
             raise InputError(f"{slots} slots a layer cannot fill {options.ranks} ranks: give fewer ranks or more slots")
-        rows = np.ascontiguousarray(load[:, i])
         if options.group_limited:
             layout = place_grouped(
                 rows, slots, options.ranks, options.nodes, groups, transfers=transfers, seed=options.seed
@@ -49,7 +50,12 @@ def place_model(
 
 
 def ranked_slots(
-    layouts: list[Layout], low: IntArray, sizes: Sizes, load: FloatArray, options: PlanOptions, previous: Plan | None
+    layouts: list[Layout],
+    low: IntArray,
+    sizes: Sizes,
+    load: Sequence[FloatArray],
+    options: PlanOptions,
+    previous: Plan | None,
 ) -> list[tuple[Slot, ...]]:
     """Slots with rank, precision and share, sorted by expert, original precision first.
 
@@ -60,7 +66,7 @@ def ranked_slots(
         layouts: of each layer.
         low: int64 [L, E] low slots of each expert.
         sizes: bytes of slots.
-        load: [W, L, E] tokens, for unequal shares.
+        load: as in `place_model`, for unequal shares.
         options: ranks, and whether shares are even.
         previous: what is in place.
     """
@@ -70,7 +76,7 @@ def ranked_slots(
         before = set()
         if previous is not None:
             before = {(s.expert, s.rank) for s in previous.layers[i].slots if s.precision != "original"}
-        rows: list[tuple[int, bool, int]] = []
+        placed: list[tuple[int, bool, int]] = []
         for e, r in enumerate(layout.replicas.tolist()):
             q = int(low[i, e])
             ranks = layout.ranks_of(e)
@@ -78,15 +84,15 @@ def ranked_slots(
             for at, g in enumerate(ranks):
                 lowered = at < q
                 held[g] += int(sizes.low[i, e] if lowered else sizes.original[i, e])
-                rows.append((e, lowered, g))
+                placed.append((e, lowered, g))
             if len(ranks) != r:
                 raise AssertionError(f"layer {i}: expert {e} has {len(ranks)} places for {r} slots")
-        rows.sort()
-        expert = np.array([row[0] for row in rows], dtype=np.int64)
+        placed.sort()
+        expert = np.array([row[0] for row in placed], dtype=np.int64)
         shares = 1.0 / layout.replicas[expert]
         if options.shares == "lp" and options.ranks > 1:
-            rank = np.array([row[2] for row in rows], dtype=np.int64)
-            shares = best_shares(per_window(load[:, i], options.ranks), expert, rank, options.ranks)
+            rank = np.array([row[2] for row in placed], dtype=np.int64)
+            shares = best_shares(per_window(load[i], options.ranks), expert, rank, options.ranks)
         names = ("original", sizes.low_name)
-        out.append(tuple(Slot(e, names[b], g, float(x)) for (e, b, g), x in zip(rows, shares, strict=True)))  # type: ignore[arg-type]
+        out.append(tuple(Slot(e, names[b], g, float(x)) for (e, b, g), x in zip(placed, shares, strict=True)))  # type: ignore[arg-type]
     return out

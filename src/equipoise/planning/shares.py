@@ -73,7 +73,7 @@ def best_shares(load: FloatArray, expert: IntArray, rank: IntArray, ranks: int) 
         "b_eq": np.ones(len(several)),
         "bounds": [(LEAST * x, 1.0) for x in even] + [(0.0, None)] * (slots + windows),
     }
-    found = linprog(**program, method="highs")
+    found: Any = linprog(**program, method="highs")
     if not found.success:
         raise RuntimeError(f"the linear program of the shares failed: {found.message}")
     x = np.maximum(found.x[:slots], LEAST * even)
