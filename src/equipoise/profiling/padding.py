@@ -3,13 +3,16 @@
 The experts see flattened rows [B * Q, H] and no mask. The mask is read where it still has its shape: at the
 forward of the model, or of a stack inside it (in `generate`, an encoder is called on its own). Rows are
 batch-major and, with a key-value cache, are the last Q columns of the mask.
+
+`generate` goes on feeding its padding token to texts that have ended, with a mask of ones. So in a cached step of
+one token a row, the padding token is padding too (where it is also the end token: from the second time on).
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +21,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from equipoise.errors import InputError
+
+_DECODER_IDS = {False: "input_ids", True: "decoder_input_ids"}
+
+
+def _special_tokens(model: PreTrainedModel) -> tuple[int | None, list[int]]:
+    """The token `generate` pads with by default, and those that end a text."""
+    config: Any = getattr(model, "generation_config", None) or model.config.get_text_config(decoder=True)
+    end = config.eos_token_id
+    ends = [end] if isinstance(end, int) else list(end or [])
+    pad = config.pad_token_id
+    return (pad if pad is not None else next(iter(ends), None)), ends
 
 
 class PaddingTracker:
@@ -46,15 +60,49 @@ class PaddingTracker:
             yield self
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args:
+            kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         mask = kwargs.get("attention_mask")
-        if mask is None and args:
-            bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-            mask = bound.arguments.get("attention_mask")
-        is_plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
-        if not is_plain and self._stack and not self.model.config.is_encoder_decoder:
+        plain = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        if not self._stack:
+            self._local.running = self._running(kwargs)
+        if self.model.config.is_encoder_decoder:
+            # The outer mask is the encoder's. In a cached step of `generate` only the decoder runs, without one.
+            if self._stack and mask is None:
+                mask = self._local.running
+        elif self._stack and plain is None:
             # An inner model gets a mask already prepared for attention, or none: the outer one's still holds.
             mask = self._stack[-1]
+        elif plain is not None and self._local.running is not None:
+            mask = torch.cat([plain[:, :-1], plain[:, -1:] * self._local.running.to(plain)], 1)
         self._stack.append(mask)
+
+    def _running(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Which texts have not ended, in a cached step of one token a row.
+
+        Returns:
+            bool [B, 1], or None when this is no such step.
+        """
+        both = self.model.config.is_encoder_decoder
+        tokens, cache, mask = (kwargs.get(key) for key in (_DECODER_IDS[both], "past_key_values", "attention_mask"))
+        started = False
+        if cache is not None:
+            # Caches without attention do not know their length; a decoder of an encoder-decoder has no mask.
+            started = cache.get_seq_length() > 0 if both else mask is not None and mask.shape[-1] > 1
+        if tokens is None or tokens.shape[1] != 1 or not started:
+            self._local.ended = None
+            return None
+        pad, ends = _special_tokens(self.model)
+        if pad is None:
+            return None
+        padding = tokens == pad
+        if pad not in ends:
+            return ~padding
+        ended = getattr(self._local, "ended", None)
+        if ended is None or ended.shape != padding.shape:
+            ended = torch.zeros_like(padding)
+        self._local.ended = ended | padding
+        return ~(padding & ended)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._stack.pop()
