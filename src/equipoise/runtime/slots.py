@@ -3,8 +3,10 @@
 The i-th selection of expert e in the batch (row order, then the order of its top-k) goes to slot
 `pattern[e][i mod len(pattern[e])]`. With even shares the pattern is the expert's slots in turn, original
 precision first, so a batch's loads differ by at most one token between the slots of an expert and a single
-token meets the original weights. Unequal shares use a pattern of 256 entries laid out by largest deficit, so
-that every prefix is as close to the shares as whole tokens allow.
+token meets the original weights. Unequal shares are rounded to q[s] = whole[s] / period, period at most 256, and
+laid out so that after any n tokens every slot has within one token of n * q[s]: token j of a slot falls between
+positions (j - 1) / q and j / q, earliest deadline first, as in proportionate fair scheduling (Baruah et al.,
+Algorithmica 15, 1996; one processor, where the rule always succeeds).
 
 No state is kept between batches: the same batch always gives the same result, on every rank alike.
 """
@@ -16,7 +18,8 @@ import torch
 
 from equipoise.types import LayerPlan
 
-_PATTERN = 256
+LONGEST = 256
+"""Entries of the longest pattern: shares are met to a token in so many, and small fractions exactly."""
 
 
 def share_pattern(shares: np.ndarray) -> np.ndarray:
@@ -26,17 +29,37 @@ def share_pattern(shares: np.ndarray) -> np.ndarray:
         shares: [r], summing to 1.
 
     Returns:
-        int64 [r] when the shares are even, else int64 [256]; entries are 0..r-1.
+        int64 [period], entries 0..r-1; the period is r when the shares are even, else at most `LONGEST` (r if r is
+        more).
     """
     r = len(shares)
     if np.allclose(shares, 1 / r):
         return np.arange(r, dtype=np.int64)
-    taken = np.zeros(r)
-    pattern = np.empty(_PATTERN, dtype=np.int64)
-    for i in range(_PATTERN):
-        pattern[i] = int(np.argmax(shares * (i + 1) - taken))
+    whole = _whole_shares(shares)
+    period = int(whole.sum())
+    taken = np.zeros(r, dtype=np.int64)
+    pattern = np.empty(period, dtype=np.int64)
+    never = np.iinfo(np.int64).max
+    for i in range(period):
+        due = np.full(r, never)
+        begun = taken * period < whole * (i + 1)
+        due[begun] = -(-(taken[begun] + 1) * period // whole[begun])
+        pattern[i] = int(due.argmin())
         taken[pattern[i]] += 1
     return pattern
+
+
+def _whole_shares(shares: np.ndarray) -> np.ndarray:
+    """Tokens of each slot in one period, int64 [r]: the nearest fractions of a period of at most `LONGEST`."""
+    periods = np.arange(1, max(LONGEST, len(shares)) + 1)
+    quota = periods[:, None] * shares
+    whole = np.floor(quota).astype(np.int64)
+    # What is left of each period goes to the largest remainders.
+    place = np.argsort(np.argsort(whole - quota, axis=1, kind="stable"), axis=1)
+    whole += place < (periods - whole.sum(1))[:, None]
+    # Rounded, so that of all periods that meet the shares exactly the shortest is taken.
+    error = np.abs(whole / periods[:, None] - shares).max(1).round(9)
+    return whole[int(error.argmin())]
 
 
 class SlotTable:
