@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 
+from equipoise.errors import InputError
+
 
 @dataclass(frozen=True)
 class Part:
@@ -28,6 +30,20 @@ class Part:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def largest(weight: torch.Tensor) -> float:
+    """Largest magnitude in a weight, without a copy of it.
+
+    Raises:
+        InputError: NaN or inf.
+    """
+    if not weight.numel():
+        return 0.0
+    low, high = (float(end) for end in weight.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError("a weight is NaN or inf; the checkpoint is damaged")
+    return max(-low, high)
+
+
 class Format(Protocol):
     """A precision. `parts` is enough to count bytes and to build an empty module on the meta device."""
 
@@ -35,6 +51,14 @@ class Format(Protocol):
 
     def parts(self, shape: tuple[int, ...], out_axis: int, dtype: torch.dtype) -> tuple[Part, ...]:
         """Stored tensors of a weight of `shape` whose original dtype is `dtype`."""
+        ...
+
+    def check(self, weight: torch.Tensor) -> None:
+        """Refuse a weight that the format cannot hold.
+
+        Raises:
+            InputError: NaN, inf, or beyond the range.
+        """
         ...
 
     def encode(self, weight: torch.Tensor, out_axis: int) -> dict[str, torch.Tensor]:

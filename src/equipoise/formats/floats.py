@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 
 from equipoise.errors import InputError
-from equipoise.formats.base import Part
+from equipoise.formats.base import Part, largest
 
 
 class Original:
@@ -19,6 +18,9 @@ class Original:
     def parts(self, shape: tuple[int, ...], out_axis: int, dtype: torch.dtype) -> tuple[Part, ...]:
         """One tensor, unchanged."""
         return (Part("", shape, dtype),)
+
+    def check(self, weight: torch.Tensor) -> None:
+        """Any weight will do."""
 
     def encode(self, weight: torch.Tensor, out_axis: int) -> dict[str, torch.Tensor]:
         """The same tensor."""
@@ -38,17 +40,19 @@ class Float16:
         """One float16 tensor."""
         return (Part("", shape, torch.float16),)
 
+    def check(self, weight: torch.Tensor) -> None:
+        """Refuse weights beyond the range of float16 (65,504)."""
+        size = largest(weight)
+        if size > torch.finfo(torch.float16).max:
+            raise InputError(f"a weight of magnitude {size:.3g} does not fit float16; use int8")
+
     def encode(self, weight: torch.Tensor, out_axis: int) -> dict[str, torch.Tensor]:
         """Cast to float16.
 
         Raises:
             InputError: a weight is beyond the range of float16 (65,504), or NaN.
         """
-        largest = float(weight.abs().max()) if weight.numel() else 0.0
-        if not math.isfinite(largest):
-            raise InputError("a weight is NaN or inf; the checkpoint is damaged")
-        if largest > torch.finfo(torch.float16).max:
-            raise InputError(f"a weight of magnitude {largest:.3g} does not fit float16; use int8")
+        self.check(weight)
         return {"": weight.to(torch.float16)}
 
     def decode(self, stored: Mapping[str, torch.Tensor], out_axis: int, dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from equipoise.errors import InputError
-from equipoise.formats.base import Part
+from equipoise.formats.base import Part, largest
 
 
 def _in_axis(out_axis: int) -> int:
@@ -30,6 +30,10 @@ class Int8:
         scale = list(shape)
         scale[_in_axis(out_axis)] = 1
         return (Part("", shape, torch.int8), Part("_scale", tuple(scale), torch.float32))
+
+    def check(self, weight: torch.Tensor) -> None:
+        """Any weight of finite numbers has an int8 form."""
+        largest(weight)
 
     def encode(self, weight: torch.Tensor, out_axis: int) -> dict[str, torch.Tensor]:
         """Round to nearest (ties to even).

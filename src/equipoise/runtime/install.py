@@ -27,16 +27,19 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     `model.save_pretrained` then writes a checkpoint that plain `from_pretrained` loads after `import equipoise`.
 
     Raises:
-        InputError: the plan is not valid, or was made for another model, or the model has a plan already.
+        InputError: the plan is not valid, or was made for another model, or the model has a plan already, or a weight
+            does not fit the precision it is to get. The model is then as it was.
     """
     if plan_of(model) is not None:
         raise InputError("the model has a plan already; load the original again to apply another")
     check_plan(plan)
     layers = find_layers(model)
     check_fits(plan, model, layers)
-    for layer, layer_plan in zip(layers, plan.layers, strict=True):
-        if not layer_plan.is_identity:
-            fill_layer(layer, layer_plan)
+    changed = [pair for pair in zip(layers, plan.layers, strict=True) if not pair[1].is_identity]
+    for layer, layer_plan in changed:
+        _check_weights(layer, layer_plan)
+    for layer, layer_plan in changed:
+        fill_layer(layer, layer_plan)
     finish(model, plan)
     return model
 
@@ -65,6 +68,28 @@ def check_fits(plan: Plan, model: PreTrainedModel, layers: list[MoELayer]) -> No
                 f"the plan names layer {layer_plan.layer} {layer_plan.name!r} where the model has "
                 f"layer {layer.layer_id} {layer.name!r}"
             )
+    needed = sum(
+        slot_bytes(layer.layout, slot.precision)
+        for layer, layer_plan in zip(layers, plan.layers, strict=True)
+        for slot in layer_plan.slots
+    )
+    if needed != plan.budget.plan_bytes:
+        over = ", over budget" if needed > plan.budget.limit_bytes else ""
+        raise InputError(
+            f"the slots need {needed:,} bytes on this model, the plan states {plan.budget.plan_bytes:,}{over}; "
+            "make it again with `equipoise plan`"
+        )
+
+
+def _check_weights(layer: MoELayer, plan: LayerPlan) -> None:
+    """Refuse weights that the precision they are to get cannot hold."""
+    for expert, precision in dict.fromkeys((slot.expert, slot.precision) for slot in plan.slots):
+        for weight in layer.layout.weights:
+            if weight.quantizable:
+                try:
+                    get_format(precision).check(layer.layout.expert(weight.name, expert).detach())
+                except InputError as error:
+                    raise InputError(f"layer {layer.layer_id}, expert {expert}, {weight.name}: {error}") from None
 
 
 def fill_layer(layer: MoELayer, plan: LayerPlan) -> None:
