@@ -5,8 +5,8 @@
 The loss is the language-model loss plus `router_aux_loss_coef` (0.001, MixtralConfig's default) times
 transformers' own `load_balancing_loss_func`, which pools all layers: nothing else pushes the router, so a layer
 may stay as uneven as the text makes it. One exception, in the first tenth of the run: early in training the inputs of a
-router have almost all their length in common, whichever expert that direction favours gets every token, and 7 to 11
-of 16 experts starve in the upper layers before they have learnt anything (seen in a first run). So there each step
+router have almost all their length in common, whichever expert that direction favours gets every token, and about
+half of the others starve in the upper layers before they have learnt anything (seen in a first run). So there each step
 removes from the router's rows their component along the mean input; after that the router is left alone.
 
 The learning rate follows the share of the time budget that is used up (warm-up, then cosine), so the run ends on
