@@ -115,7 +115,8 @@ def choose(layers: Sequence[LayerProblem], limit: int) -> Choice | None:
         if better is not None and better[0] < value:
             value, spare, units = better
         if value <= bound + gap or gap >= widest or (cut and better is not None):
-            return Choice(spare, units, value, min(bound, value))
+            # Everything that could be better was looked at, unless a front was cut.
+            return Choice(spare, units, value, min(bound, value) if cut else value)
         gap *= 2
 
 

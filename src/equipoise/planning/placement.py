@@ -44,7 +44,7 @@ class Layout:
     Attributes:
         table: int64 [G, C] expert in each place of each rank; E stands for an empty place.
         replicas: int64 [E] slots of each expert.
-        imbalance: mean over windows of max over mean of the ranks, shares even.
+        imbalance: mean over windows of max over mean of the ranks, shares even; 1 without load.
     """
 
     table: IntArray
@@ -135,7 +135,7 @@ def place_layer(
             top = swap_down(table, each, experts, enough, 10 * slots)
     else:
         top = float(objective(window_loads(table, columns, counted)))
-    return Layout(table, counted[:-1], top)
+    return Layout(table, counted[:-1], top if windows.any() else 1.0)
 
 
 def per_window(windows: FloatArray, ranks: int) -> FloatArray:
@@ -212,4 +212,5 @@ def place_grouped(
         replicas[members] = part.replicas
     scaled = per_window(windows, ranks)
     columns = np.ascontiguousarray(np.vstack([scaled.T, np.zeros(len(scaled))]))
-    return Layout(table, replicas, float(objective(window_loads(table, columns, np.append(replicas, 1)))))
+    top = float(objective(window_loads(table, columns, np.append(replicas, 1))))
+    return Layout(table, replicas, top if windows.any() else 1.0)

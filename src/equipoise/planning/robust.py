@@ -22,7 +22,7 @@ from equipoise.planning.kernels import compiled
 from equipoise.planning.parts import window_counts
 from equipoise.types import FloatArray, IntArray, Profile
 
-POWER = 16.0
+POWER = 8.0
 
 LEAST_TOKENS = 32
 """Per-token ids are cut into windows of at least so many tokens."""
