@@ -86,7 +86,7 @@ def slots_forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weigh
             y, _ = slots.layout.compute(x[begin : begin + counts[s]], get)
             out[where] = y * flat_weights[where, None]
             begin += counts[s]
-    return out.view(rows, k, -1).sum(dim=1).to(hidden.dtype)
+    return out.view(rows, k, hidden.shape[-1]).sum(dim=1).to(hidden.dtype)
 
 
 def experts_forward(module: nn.Module, *arguments: Any, **keywords: Any) -> torch.Tensor:
