@@ -148,7 +148,7 @@ def _read_layer(skeleton: PreTrainedModel, stored: StoredWeights, names: list[st
     config = LoadStateDictConfig(
         dtype=dtype,
         dtype_plan=skeleton._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(skeleton),
+        weight_mapping=get_model_conversion_mapping(skeleton),  # type: ignore[arg-type]
     )
     with progress_bars(shown=False), stored.read(names) as slices:
         info, _ = convert_and_load_state_dict_in_model(skeleton, slices, config)

@@ -137,8 +137,15 @@ def empty_model(source: ModelSource) -> PreTrainedModel:
     if quantized:
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
         raise InputError(f"{source.name} is quantized already ({method}); equipoise needs 16-bit or float32 experts")
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, dtype=_dtype(source))
+    builder, dtype = auto_class(config), _dtype(source)
+    try:
+        with torch.device("meta"):
+            model = builder.from_config(config, dtype=dtype)
+    except Exception as error:  # a configuration can be wrong in as many ways as there are families
+        raise InputError(
+            f"transformers cannot build {source.name} ({config.model_type}) from its config.json: "
+            f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
     find_layers(model)
     return model
 

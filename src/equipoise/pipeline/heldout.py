@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -15,8 +15,6 @@ from equipoise.metrics import slot_lis
 from equipoise.profiling.watching import watch
 from equipoise.progress import Track
 from equipoise.types import FloatArray, IntArray
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def run_heldout(model: PreTrainedModel, batches: Sequence[Batch], track: Track, 
         experts = load.layers[0].num_experts
         before = load.slot_counts
 
-        def stepwise(items: Iterable[T], total: int | None, _what: str) -> Iterator[T]:
+        def stepwise(items: Iterable[Any], total: int | None, _what: str) -> Iterator[Any]:
             nonlocal before
             for item in track(items, total, what):
                 yield item
