@@ -36,16 +36,16 @@ class Heldout:
     batch_lis: FloatArray
 
 
-def run_heldout(model: PreTrainedModel, batches: Sequence[Batch], track: Track, what: str) -> Heldout:
+def run_heldout(model: PreTrainedModel, batches: Sequence[Batch], track: Track, label: str) -> Heldout:
     """Score `batches` and count the load, in one pass."""
     per_batch: list[FloatArray] = []
     with watch(model) as load:
         experts = load.layers[0].num_experts
         before = load.slot_counts
 
-        def stepwise(items: Iterable[Any], total: int | None, _what: str) -> Iterator[Any]:
+        def stepwise(items: Iterable[Any], total: int | None, what: str) -> Iterator[Any]:
             nonlocal before
-            for item in track(items, total, what):
+            for item in track(items, total, label):
                 yield item
                 now = load.slot_counts
                 steps = [new - old for new, old in zip(now, before, strict=True)]
