@@ -56,6 +56,10 @@ def profile(
     items = list(batches)
     if not items:
         raise InputError("there is no batch to profile on")
+    for number, batch in enumerate(items):
+        for key in ("input_ids", "attention_mask"):
+            if key not in batch:
+                raise InputError(f"batch {number} has no {key!r}: give input_ids and attention_mask [B, Q]")
     meter = ImportanceMeter(layers)
     sampled = _spread(items, options.importance_tokens)
     observing = False
