@@ -97,7 +97,7 @@ def stay(layout: Layout, layer: LayerPlan, load: FloatArray, nodes: int, transfe
     columns = np.ascontiguousarray(np.vstack([scaled.T, np.zeros(len(scaled))]))
     enough = layout.imbalance * (1 + CHURN_TOLERANCE)
     while objective(window_loads(table, columns, counted)) > enough:
-        if search(table, counted, columns, SQUARINGS, transfers, 1) == 0:
+        if search(table, counted, columns, SQUARINGS, transfers, 1, enough) == 0:
             break
     warm = Layout(table, counted[:-1], float(objective(window_loads(table, columns, counted))))
     good = warm.imbalance <= enough

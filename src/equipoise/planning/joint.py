@@ -30,7 +30,7 @@ from equipoise.planning.importance import precision_cost
 from equipoise.planning.knapsack import Choice, LayerProblem, choose
 from equipoise.planning.layer_options import low_slots, slots_of
 from equipoise.planning.replicas import water_fill
-from equipoise.planning.robust import effective_load, lis_curve, shrink, windows_of
+from equipoise.planning.robust import effective_load, lis_curve, placement_load, shrink, windows_of
 from equipoise.planning.sizes import Sizes, slot_sizes
 from equipoise.types import FloatArray, IntArray, Plan, Profile
 
@@ -61,8 +61,9 @@ def plan_joint(profile: Profile, options: PlanOptions, previous: Plan | None = N
     def lower(i: int, slots: IntArray) -> IntArray:
         return low_slots(slots, int(choice.units[i]), problems[i].cost, problems[i].most_low)
 
+    place_by = [placement_load(rows) for rows in load]
     return finish(
-        profile, options, sizes, replicas, low, limit, "joint", predicted, load=load, previous=previous, lower=lower
+        profile, options, sizes, replicas, low, limit, "joint", predicted, load=place_by, previous=previous, lower=lower
     )
 
 

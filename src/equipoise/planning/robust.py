@@ -9,7 +9,8 @@ held-out score over the measured traces (docs/experiments.md):
 2. **Power mean.** Replicas are water-filled on the load  (mean_w f'[w, e]^p)^(1/p),  p = `POWER`: the greedy that
    minimises sum_w sum_s (slot load)^p, so an expert that is busy in some windows counts nearly as in those.
 3. **Placement** minimises the mean over windows of the busiest rank (`placement`), which keeps experts that are
-   busy together apart.
+   busy together apart. Each expert's load is first raised by `PSEUDO` of an even one: an expert that happened to be
+   idle would otherwise fill its rank for nothing, and replicas be taken from it to fit what is chance.
 
 With one window all of it is the plain total.
 """
@@ -23,6 +24,8 @@ from equipoise.planning.parts import window_counts
 from equipoise.types import FloatArray, IntArray, Profile
 
 POWER = 8.0
+
+PSEUDO = 0.1
 
 LEAST_TOKENS = 32
 """Per-token ids are cut into windows of at least so many tokens."""
@@ -82,6 +85,13 @@ def effective_load(fractions: FloatArray) -> FloatArray:
     scaled = np.divide(fractions, top, out=np.zeros_like(fractions), where=top > 0)
     mean: FloatArray = top * (scaled**POWER).mean(0) ** (1.0 / POWER)
     return mean
+
+
+def placement_load(fractions: FloatArray) -> FloatArray:
+    """What slots are placed by, [W, E]: with several windows, raised by a part of an even load; the total as it is."""
+    if len(fractions) == 1:
+        return fractions
+    return (fractions + PSEUDO / fractions.shape[1]) / (1 + PSEUDO)
 
 
 @compiled

@@ -24,6 +24,7 @@ from equipoise.types import FloatArray, IntArray
 
 PATIENCE = 3
 DONORS = 16
+LEAST_GAIN = 1e-7
 
 
 @compiled
@@ -100,6 +101,17 @@ def _hosts(table: IntArray, experts: int, slots: int) -> tuple[IntArray, IntArra
 
 
 @compiled
+def _rehost(hosts: IntArray, replicas: IntArray, expert: int, old: int, new: int) -> None:
+    """Replace one rank in an expert's list; the dummy has none."""
+    if expert == hosts.shape[0] - 1:
+        return
+    for i in range(replicas[expert]):
+        if hosts[expert, i] == old:
+            hosts[expert, i] = new
+            return
+
+
+@compiled
 def _transfer_gain(
     loads: FloatArray, part: FloatArray, hosts: IntArray, load: FloatArray, replicas: IntArray,
     g: int, x: int, y: int, squarings: int,
@@ -135,7 +147,24 @@ def _transfer_gain(
 
 
 @compiled
-def search(table: IntArray, replicas: IntArray, load: FloatArray, squarings: int, transfers: bool, most: int) -> int:
+def objective(loads: FloatArray) -> float:
+    """Mean over windows of the busiest rank's load, from [G, W]."""
+    total = 0.0
+    for w in range(loads.shape[1]):
+        total += loads[:, w].max()
+    return total / loads.shape[1]
+
+
+@compiled
+def search(
+    table: IntArray,
+    replicas: IntArray,
+    load: FloatArray,
+    squarings: int,
+    transfers: bool,
+    most: int,
+    enough: float,
+) -> int:
     """Improve a layout until no move lowers the potential; in place.
 
     Args:
@@ -145,6 +174,7 @@ def search(table: IntArray, replicas: IntArray, load: FloatArray, squarings: int
         squarings: p = 2 ** squarings.
         transfers: whether replica counts may change.
         most: at most so many moves.
+        enough: stop when the objective (mean over windows of the busiest rank) is no more than this.
 
     Returns:
         Moves made.
@@ -162,8 +192,10 @@ def search(table: IntArray, replicas: IntArray, load: FloatArray, squarings: int
     if ranks <= PARTNERS:
         donors = ranks
     for move in range(most):
+        if objective(loads) <= enough:
+            return move
         order = np.argsort(-part, kind="mergesort")
-        least = part.sum() * 1e-9
+        least = part.sum() * LEAST_GAIN
         kind, best, m1, m2, m3, m4 = 0, least, -1, -1, -1, -1
         for i in range(min(PATIENCE, ranks)):
             a = order[i]
@@ -221,13 +253,20 @@ def search(table: IntArray, replicas: IntArray, load: FloatArray, squarings: int
             on[m1, y] += 1
             on[m3, y] -= 1
             on[m3, x] += 1
+            _rehost(hosts, replicas, x, m1, m3)
+            _rehost(hosts, replicas, y, m3, m1)
         else:
-            table[m1, m2] = m3
+            y = m3
+            table[m1, m2] = y
             on[m1, x] -= 1
-            on[m1, m3] += 1
+            on[m1, y] += 1
+            _rehost(hosts, replicas, x, m1, hosts[x, replicas[x] - 1])
             replicas[x] -= 1
-            replicas[m3] += 1
-        hosts, _ = _hosts(table, experts, slots)
+            replicas[y] += 1
+            if replicas[y] > hosts.shape[1]:
+                hosts, _ = _hosts(table, experts, slots)
+            else:
+                hosts[y, replicas[y] - 1] = m1
         # Summed afresh: differences would carry rounding along.
         for g in range(ranks):
             if kind == 2 or g in (m1, m3):
@@ -238,15 +277,6 @@ def search(table: IntArray, replicas: IntArray, load: FloatArray, squarings: int
                         loads[g, w] += load[e, w] / replicas[e]
                 part[g] = _part(loads[g], squarings)
     return most
-
-
-@compiled
-def objective(loads: FloatArray) -> float:
-    """Mean over windows of the busiest rank's load, from [G, W]."""
-    total = 0.0
-    for w in range(loads.shape[1]):
-        total += loads[:, w].max()
-    return total / loads.shape[1]
 
 
 @compiled
@@ -312,7 +342,7 @@ def iterate(
         The objective of the layout: mean over windows of the busiest rank's load.
     """
     experts = load.shape[0] - 1
-    search(table, replicas, load, squarings, transfers, 100_000)
+    search(table, replicas, load, squarings, transfers, 100_000, enough)
     best = objective(window_loads(table, load, replicas))
     state = seed % 2147483646 + 1
     for i in range(kicks):
@@ -321,7 +351,7 @@ def iterate(
         t, r = table.copy(), replicas.copy()
         for _ in range(1 + i % 4):
             state = _kick(t, r, experts, transfers, state)
-        search(t, r, load, squarings, transfers, 100_000)
+        search(t, r, load, squarings, transfers, 100_000, enough)
         now = objective(window_loads(t, load, r))
         if now < best * (1 - 1e-9):
             best = now

@@ -1,0 +1,261 @@
+"""The planner against DeepSeek's EPLB, a plain greedy, and lower bounds: one command, one run, a table, a JSON line.
+
+    python benchmarks/planner/bench.py --out benchmarks/planner/results
+    python benchmarks/planner/bench.py --quick            # every fourth layer, fewer sizes
+
+What is compared, and how:
+  in sample   every planner is given the same total load of the planning part; rank imbalance on that same total
+  held out    EPLB and greedy as above; ours as the product plans by default (windows of the same part); scored on the
+              rest, mean over windows and layers of max over mean of the ranks
+  bound       what no even-share layout can beat: 1, or the heaviest expert (`placement.rank_bound`)
+  time        the call that plans all layers, compiled code warm; compile time reported by itself
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from cases import Case, bound, greedy, imbalance, traces
+from eplb import rebalance
+from optimum import joint_gaps
+from pictures import draw_redundancy, draw_sizes
+
+from equipoise.cli import console
+from equipoise.errors import InputError
+from equipoise.planning import plan
+from equipoise.planning.placement import place_grouped, place_layer
+from equipoise.planning.robust import placement_load, shrink, windows_of
+from equipoise.scoring import score
+
+RANKS = (4, 8, 16, 32, 64)
+REDUNDANCY = (0.0, 0.125, 0.25)
+
+
+def ranks_of_trace(case: Case, step: int) -> list[dict]:
+    """Every number of ranks and redundancy of one trace."""
+    counts, rows = case.plan.counts, []
+    layers = range(0, len(counts), step)
+    windows = windows_of(case.plan, 16)
+    experts, seen = counts.shape[1], set()
+    for ranks in RANKS:
+        for redundancy in REDUNDANCY:
+            slots = -(-round(experts * (1 + redundancy)) // ranks) * ranks
+            if ranks > experts or (ranks, slots) in seen:
+                continue
+            seen.add((ranks, slots))
+            began = time.perf_counter()
+            tables = rebalance(counts[::step], slots, 1, 1, ranks)[0].reshape(len(layers), ranks, -1)
+            eplb_time = time.perf_counter() - began
+            began = time.perf_counter()
+            total = [place_layer(counts[i], slots, ranks).table for i in layers]
+            our_time = time.perf_counter() - began
+            began = time.perf_counter()
+            robust = [place_layer(placement_load(shrink(windows[:, i])), slots, ranks).table for i in layers]
+            robust_time = time.perf_counter() - began
+            dealt = [greedy(counts[i].astype(float), slots, ranks) for i in layers]
+            row = {
+                "trace": case.name,
+                "ranks": ranks,
+                "redundancy": redundancy,
+                "slots": slots,
+                "bound": bound(counts[::step], slots, ranks),
+                "seconds": {"eplb": eplb_time, "ours": our_time, "robust": robust_time},
+            }
+            every = {"greedy": dealt, "eplb": list(tables), "ours": total, "robust": robust}
+            for name, layouts in every.items():
+                row[f"in_{name}"] = float(
+                    np.mean([imbalance(t, counts[i]) for t, i in zip(layouts, layers, strict=True)])
+                )
+            if case.held is not None:
+                held = case.held.series if case.held.series is not None else case.held.counts[None]
+                for name, layouts in every.items():
+                    parts = [imbalance(t, held[:, i]) for t, i in zip(layouts, layers, strict=True)]
+                    row[f"out_{name}"] = float(np.mean(parts))
+            rows.append(row)
+    return rows
+
+
+def experts_of_trace(case: Case) -> dict:
+    """E/4 int8 replicas paid for by int8 experts at budget 1.0: LIS reduction, held out, by preset and windows."""
+    quarter = max(1, case.plan.num_experts // 4)
+    held = case.held or case.plan
+    row: dict = {"trace": case.name, "how": case.how, "replicas": quarter}
+    for name, options in (
+        ("robust", {"replicas": quarter, "budget": 1.0}),
+        ("total", {"replicas": quarter, "budget": 1.0, "robust_windows": 1}),
+        ("default", {}),
+        ("paper", {"preset": "paper", "importance": "frequency"}),
+    ):
+        made = plan(case.plan, **options)
+        found = score(made, held).means()
+        row["lis_raw"] = found["lis_raw"]
+        row[f"lis_{name}"] = found["lis"]
+        row[f"reduction_{name}"] = found["lis_raw"] / found["lis"]
+        if name == "robust":
+            row["lis_oracle"] = found["lis_oracle"]
+        if name == "default":
+            row["replicas_default"] = made.num_replicas / len(made.layers)
+    return row
+
+
+def timings(repeats: int = 5) -> dict:
+    """58 layers x 256 experts -> 288 slots on 32 ranks; median of runs."""
+    load = np.random.default_rng(0).lognormal(size=(58, 256))
+    out: dict = {}
+
+    def median(call, times: int) -> float:
+        taken = []
+        for _ in range(times):
+            began = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - began)
+        return float(np.median(taken))
+
+    out["global_ours"] = median(lambda: [place_layer(n, 288, 32) for n in load], repeats)
+    out["hierarchical_ours"] = median(lambda: [place_grouped(n, 288, 32, 4, 8) for n in load], repeats)
+    for name, groups, nodes in (("global", 1, 1), ("hierarchical", 8, 4)):
+        out[f"{name}_eplb_plain_numbers"] = median(lambda g=groups, n=nodes: rebalance(load, 288, g, n, 32), 3)
+        out[f"{name}_eplb"] = median(lambda g=groups, n=nodes: rebalance(load, 288, g, n, 32, tensors=True), 1)
+        out[f"{name}_speedup"] = out[f"{name}_eplb"] / out[f"{name}_ours"]
+        out[f"{name}_speedup_plain_numbers"] = out[f"{name}_eplb_plain_numbers"] / out[f"{name}_ours"]
+    return out
+
+
+def sizes(quick: bool) -> list[dict]:
+    """Time a plan from 4 layers of 64 experts on 8 ranks to 128 layers of 1024 on 512."""
+    rng = np.random.default_rng(0)
+    grid = [(experts, ranks) for experts, ranks in ((64, 8), (128, 16), (256, 32), (512, 128), (1024, 512))]
+    rows = []
+    for experts, ranks in grid[: 3 if quick else None]:
+        for layers in (16, 64) if quick else (16, 64, 128):
+            slots = experts + experts // 8 if (experts + experts // 8) % ranks == 0 else 2 * ranks * (experts // ranks)
+            load = rng.lognormal(size=(layers, experts))
+            began = time.perf_counter()
+            found = [place_layer(n, slots, ranks).imbalance for n in load]
+            taken = time.perf_counter() - began
+            work = layers * slots * np.log2(slots)
+            rows.append(
+                {"layers": layers, "experts": experts, "ranks": ranks, "slots": slots, "seconds": taken,
+                 "ns_per_LSlogS": taken / work * 1e9, "imbalance": float(np.mean(found))}
+            )  # fmt: skip
+    return rows
+
+
+def summary(rows: list[dict]) -> dict:
+    """The figures that the bars are about."""
+    held = [r for r in rows if "out_eplb" in r]
+    ratio = np.array([r["out_robust"] / r["out_eplb"] for r in held])
+    uneven = np.array([r["out_eplb"] > 1.05 for r in held])
+    worse = [r for r in rows if r["in_ours"] > r["in_eplb"] * (1 + 1e-9)]
+    beyond = [r for r in worse if r["in_ours"] > r["bound"] * 1.001]
+    gap_eplb = np.mean([r["in_eplb"] - r["bound"] for r in rows])
+    return {
+        "cases": len(rows),
+        "in_sample_worse_than_eplb": len(worse),
+        "in_sample_worse_than_eplb_beyond_tolerance": len(beyond),
+        "in_sample_gap_eplb": float(gap_eplb),
+        "in_sample_gap_ours": float(np.mean([r["in_ours"] - r["bound"] for r in rows])),
+        "in_sample_gap_ratio": float(np.mean([r["in_ours"] - r["bound"] for r in rows]) / gap_eplb),
+        "in_sample_gap_greedy": float(np.mean([r["in_greedy"] - r["bound"] for r in rows])),
+        "held_out_cases": len(held),
+        "held_out_uneven_cases": int(uneven.sum()),
+        "held_out_ratio_uneven": float(np.exp(np.log(ratio[uneven]).mean())),
+        "held_out_ratio_total_plan_uneven": float(
+            np.exp(np.mean([np.log(r["out_ours"] / r["out_eplb"]) for r, u in zip(held, uneven, strict=True) if u]))
+        ),
+        "held_out_worse_by_half_percent": int((ratio > 1.005).sum()),
+        "held_out_worst_ratio": float(ratio.max()),
+        "held_out_best_ratio": float(ratio.min()),
+    }
+
+
+def main() -> int:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", type=Path, default=Path("../shared/traces"))
+    parser.add_argument("--out", type=Path, default=None, help="folder for results.json and pictures")
+    parser.add_argument("--quick", action="store_true", help="every fourth layer, fewer sizes")
+    arguments = parser.parse_args()
+    try:
+        cases = list(traces(arguments.traces))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    began = time.perf_counter()
+    place_layer(np.arange(12.0), 16, 8)
+    place_layer(np.ones((2, 12)), 14, 4)
+    place_grouped(np.arange(12.0), 16, 8, 2, 4)
+    plan(cases[0].plan)
+    compile_time = time.perf_counter() - began
+    hard = np.array([600, 560, 120, 120, 20, 10, 10, 10])
+    published = {
+        "ours": imbalance(place_layer(hard, 16, 8).table, hard) * hard.sum() / 8,
+        "eplb": imbalance(rebalance(hard[None], 16, 1, 1, 8)[0].reshape(8, 2), hard) * hard.sum() / 8,
+    }
+    rows, expert_rows = [], []
+    with console.progress() as track:
+        for case in track(cases, len(cases), "traces"):
+            rows += ranks_of_trace(case, 4 if arguments.quick else 1)
+            expert_rows.append(experts_of_trace(case))
+    figures = summary(rows)
+    console.table(
+        "Rank imbalance (1 is perfect): in sample on the total planned on, held out on the rest",
+        ("trace", "ranks", "slots", "bound", "greedy", "EPLB", "ours", "out EPLB", "out ours", "ratio"),
+        [
+            (
+                r["trace"][:44], r["ranks"], r["slots"], f"{r['bound']:.4f}", f"{r['in_greedy']:.4f}",
+                f"{r['in_eplb']:.4f}", f"{r['in_ours']:.4f}",
+                *((f"{r['out_eplb']:.4f}", f"{r['out_robust']:.4f}", f"{r['out_robust'] / r['out_eplb']:.4f}")
+                  if "out_eplb" in r else ("", "", "")),
+            )
+            for r in rows
+        ],
+    )  # fmt: skip
+    console.table(
+        "LIS held out (E/4 int8 replicas paid for by int8 experts; planned on the first part)",
+        ("trace", "raw", "total", "robust", "oracle", "reduction", "default", "its replicas", "R&Q (paper)"),
+        [
+            (
+                r["trace"][:44] + ("" if "total only" not in r["how"] else " (in sample)"), f"{r['lis_raw']:.3f}",
+                f"{r['lis_total']:.3f}", f"{r['lis_robust']:.3f}", f"{r['lis_oracle']:.3f}",
+                f"{r['reduction_robust']:.2f}x", f"{r['lis_default']:.3f}", f"{r['replicas_default']:.1f}",
+                f"{r['lis_paper']:.3f}",
+            )
+            for r in expert_rows
+        ],
+    )  # fmt: skip
+    taken, grown = timings(), sizes(arguments.quick)
+    console.table(
+        "Time a plan (placement of all layers)",
+        ("layers", "experts", "ranks", "slots", "seconds", "ns per L S log2 S", "imbalance"),
+        [
+            (r["layers"], r["experts"], r["ranks"], r["slots"], f"{r['seconds']:.4f}", f"{r['ns_per_LSlogS']:.1f}",
+             f"{r['imbalance']:.4f}")
+            for r in grown
+        ],
+    )  # fmt: skip
+    joint = joint_gaps(10 if arguments.quick else 40)
+    result = {
+        **figures, "published_case": published, "compile_seconds": compile_time, "times_58x256_288_32": taken,
+        "joint_vs_milp": joint, "experts": {r["trace"]: r["reduction_robust"] for r in expert_rows},
+    }  # fmt: skip
+    console.table(
+        "Summary", ("figure", "value"), [(k, json.dumps(console.plain(v))) for k, v in result.items() if k != "experts"]
+    )
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        document = {"summary": result, "ranks": rows, "experts": expert_rows, "sizes": grown}
+        (arguments.out / "results.json").write_text(json.dumps(console.plain(document), indent=1) + "\n")
+        draw_redundancy(rows, arguments.out / "redundancy.png")
+        draw_sizes(grown, arguments.out / "sizes.png")
+    console.last_line(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
