@@ -57,7 +57,8 @@ class PlanOptions:
         budget: bytes allowed, as a multiple of the original expert bytes. None: 1.0 for `joint`; for `paper`
             what the algorithm needs (int8 scales put it a trace above 1.0).
         max_quantized: share of a layer's experts that may lose their original-precision copy.
-        importance: which importance ranks the experts. None: `error` for `joint`, `wanda` for `paper`.
+        importance: which importance ranks the experts. None: `wanda` for `paper`; for `joint` `error` where it was
+            measured, else `frequency` (traces).
         wanda_low_is_important: the paper's reading of Algorithm 2 ("lower means higher importance").
         strategy: the paper's ablation (Table 3); `rq` is the method itself.
         low_precision: precision of replicas and quantized experts. None: int8 for 16-bit models, float16 for
@@ -69,7 +70,7 @@ class PlanOptions:
         group_limited: node-limited routing: experts of a group stay on one node.
         groups: expert groups of the router, with group-limited (0 = one group a node).
         shares: how replicas share an expert's tokens: `even`, or `lp`, the split that makes the busiest rank least.
-        expert_bytes: original bytes of one expert, for traces that carry no sizes.
+        expert_bytes: original bytes of one expert, for traces that carry no sizes; the lower precision counts as half.
         quality_weight: how much predicted quality loss weighs against imbalance in `joint`.
         slot_weight: how much LIS a doubling of a layer's slots must be worth in `joint` (0: fill the budget).
         robust_windows: plan on at most so many windows of the profile, shrunk for their size (1: only its total).

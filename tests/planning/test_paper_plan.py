@@ -78,3 +78,10 @@ def test_paper_on_ranks_keeps_its_replicas():
     assert [len(layer.slots) for layer in made.layers] == [5, 4, 5]
     assert {s.rank for s in made.layers[0].slots} == {0, 1}
     assert len({s.rank for s in made.layers[0].slots if s.expert == 1}) == 2
+
+
+def test_what_only_joint_can_do_is_refused():
+    profile = profile_of(COUNTS, wanda=WANDA)
+    for overrides in ({"replicas": 2}, {"slots": 8}, {"group_limited": True}):
+        with pytest.raises(InputError, match="use preset joint"):
+            plan(profile, preset="paper", **overrides)

@@ -80,6 +80,8 @@ def plan_paper(profile: Profile, options: PlanOptions, previous: Plan | None = N
         )
     if options.slots:
         raise InputError("slots cannot be set with preset paper, which adds one replica a layer: use preset joint")
+    if options.group_limited:
+        raise InputError("group-limited placement chooses its own replicas within each node: use preset joint")
     sizes = slot_sizes(profile, options)
     replicas, low = paper_slots(profile, options)
     needed = sizes.of(replicas, low)
