@@ -144,10 +144,10 @@ def main() -> None:
         d: {"tokens": v["model"].size} | {k: float(np.exp(-x.mean())) for k, x in v.items()} for d, v in nats.items()
     }
     names = ("model", "model_1024", "ngram", "ngram_own_domain")
-    perplexity["all held-out tokens"] = {"tokens": sum(v["tokens"] for v in perplexity.values())} | {
+    perplexity["all scored tokens"] = {"tokens": sum(v["tokens"] for v in perplexity.values())} | {
         k: float(np.exp(-np.concatenate([nats[d][k] for d in data.DOMAINS]).mean())) for k in names
     }
-    perplexity["mean over domains"] = {"tokens": perplexity["all held-out tokens"]["tokens"]} | {
+    perplexity["mean over domains"] = {"tokens": perplexity["all scored tokens"]["tokens"]} | {
         k: float(np.exp(-np.mean([nats[d][k].mean() for d in data.DOMAINS]))) for k in names
     }
     for v in perplexity.values():
@@ -202,7 +202,7 @@ def main() -> None:
     (args.out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in thin(log)), encoding="utf-8")
     plot(log, validation_baseline(baseline, held, log[0]["options"]), args.out / "curve.png")
     fill_readme(args.out / "README.md", results)
-    print(json.dumps({"perplexity": perplexity["all held-out tokens"], "lis": results["lis"]["pooled, equal domains"]}))
+    print(json.dumps({"perplexity": perplexity["all scored tokens"], "lis": results["lis"]["pooled, equal domains"]}))
 
 
 def cached_baseline(work: Path, train: dict, held: dict) -> dict[str, np.ndarray]:
