@@ -62,6 +62,7 @@ def test_ranks_moves_and_front(trace, tmp_path, capsys):
         (["--out", "p.json", "--budget", "0.2"], "give at least 0.5"),
         (["--out", "p.json", "--budget", "nan"], "budget"),
         (["--out", "p.json", "--preset", "paper"], "importance 'wanda'"),
+        (["--out", "p.json", "--preset", "paper", "--importance", "frequency", "--front"], "has no front"),
         (["--out", "p.json", "--ranks", "3", "--nodes", "2"], "divisible by nodes"),
         (["--out", "p.json", "--from", "absent.json"], "no such plan"),
     ],

@@ -202,6 +202,11 @@ def test_experts_of_different_size_are_refused():
         plan(profile)
 
 
+def test_sizes_of_no_model_are_refused():
+    with pytest.raises(InputError, match="pebibytes"):
+        plan(profile_of([[1, 2, 3]], original=2**60))
+
+
 def test_front_is_efficient_and_holds_the_chosen_plan():
     rng = np.random.default_rng(1)
     profile = profile_of((rng.lognormal(0, 1, (3, 16)) * 500).astype(int), error=rng.random((3, 16)))

@@ -63,6 +63,10 @@ def command(
     require_destination(out, force, [profile])
     picture = out.with_suffix(".front.png")
     if front:
+        if options.preset != "joint":
+            raise InputError(
+                "the paper's preset is a single plan and has no front: leave --front out, or --preset joint"
+            )
         require_destination(picture, force)
     measured = take_part(load_profile(profile), steps, tokens, window)
     old = None if previous is None else load_plan(previous)

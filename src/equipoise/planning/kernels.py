@@ -11,5 +11,13 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def compiled(function: F) -> F:
-    """Compile with numba on first use and keep the machine code beside the source (or in the user's cache)."""
-    return cast(F, numba.njit(cache=True)(function))
+    """Compile with numba on first use; the machine code is kept beside the source or in the user's cache.
+
+    Where neither can be written (a read-only installation without a home), it is compiled anew in each process.
+    """
+    try:
+        return cast(F, numba.njit(cache=True)(function))
+    except RuntimeError as error:
+        if "cache" not in str(error):
+            raise
+        return cast(F, numba.njit(function))

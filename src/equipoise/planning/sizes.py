@@ -61,6 +61,9 @@ def slot_sizes(profile: Profile, options: PlanOptions) -> Sizes:
                 raise InputError(
                     f"the profile has no expert_bytes_{name} (it has {known}): choose another low precision"
                 )
+        for name in ("original", low):
+            if float(profile.expert_bytes[name].max()) * profile.counts.size > 2**55:
+                raise InputError(f"expert_bytes_{name} adds up to more than 32 pebibytes: not the size of a model")
         return Sizes(low, profile.expert_bytes["original"], profile.expert_bytes[low])
     wide, narrow = _BYTES_OF.get(dtype, 2 * _BYTES_OF[low]), _BYTES_OF[low]
     if narrow >= wide:
