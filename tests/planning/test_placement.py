@@ -115,6 +115,23 @@ def test_small_placements_without_replicas_are_optimal(load):
     assert place_layer(n, len(n), 2).imbalance <= best * 1.003 + 1e-9
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=4), st.integers(0, 2), st.sampled_from([2, 3]))
+def test_no_layout_at_all_beats_the_bound(load, spare, ranks):
+    n, slots = np.array(load, dtype=float), len(load) + spare
+    if slots % ranks or not n.any():
+        return
+    best = np.inf
+    for owners in itertools.product(range(len(n)), repeat=slots):
+        if len(set(owners)) == len(n):
+            best = min(best, imbalance(np.array(owners).reshape(ranks, -1), n))
+            rows = [owners[i : i + slots // ranks] for i in range(0, slots, slots // ranks)]
+            if all(len(set(row)) == len(row) for row in rows):
+                assert imbalance(np.array(rows), n) >= rank_bound(n, slots, ranks) - 1e-9
+    layout = place_layer(n, slots, ranks)
+    assert layout.imbalance >= best - 1e-9
+
+
 def test_windows_keep_experts_apart_that_are_busy_together():
     # Experts 0 and 1 are busy in the first window, 2 and 3 in the second; the total cannot tell them apart.
     windows = np.array([[9, 9, 1, 1], [1, 1, 9, 9]], dtype=float)

@@ -20,7 +20,7 @@ import numpy as np
 
 from equipoise.errors import InputError
 from equipoise.planning.packing import pack, separate, swap_down
-from equipoise.planning.replicas import replica_counts
+from equipoise.planning.replicas import replica_counts, water_fill
 from equipoise.planning.search import iterate, objective, window_loads
 from equipoise.types import FloatArray, IntArray
 
@@ -59,8 +59,13 @@ class Layout:
 def rank_bound(load: FloatArray, slots: int, ranks: int) -> float:
     """What no even-share layout can beat: max over mean of the ranks for one load vector.
 
-    The larger of 1 and the heaviest expert split over as many ranks as can hold it (without replicas: plus the
-    lightest experts that fill its rank).
+    The largest of
+      1;
+      the water-filling level v(R): no replica counts bring the heaviest slot below it;
+      the heaviest slot together with the others that its rank must hold, C - 1 or more. If k of the R replicas
+      lighten those, either the heaviest slot is at least v(R - k), and they weigh at least as much as the lightest
+      experts do after the best use of k replicas; or one of them would itself reach v(R - k) unsplit, and weighs at
+      least v(R - k) / (k + 1) beside v(R). The smallest over k is a bound.
 
     Args:
         load: [E] tokens.
@@ -70,12 +75,24 @@ def rank_bound(load: FloatArray, slots: int, ranks: int) -> float:
     total = float(np.sum(load))
     if total == 0:
         return 1.0
-    most = max(1, min(ranks, slots - len(load) + 1))
-    least = float(np.max(load)) / most
-    if slots == len(load):
-        # Without replicas its rank holds at least the lightest of the others besides.
-        least += float(np.sort(load)[: max(0, slots // ranks - 1)].sum())
-    return max(1.0, least * ranks / total)
+    spare = slots - len(load)
+    _, level = water_fill(load, spare, max(1, ranks))
+    level = np.append(level, np.full(spare + 1 - len(level), level[-1]))
+    beside = np.sort(load)[: max(0, min(slots // ranks, len(load)) - 1)].astype(np.float64)
+    light = np.append(0.0, np.cumsum(_relief(beside, spare)))
+    k = np.arange(spare + 1)
+    least = level[::-1][k] + np.maximum(beside.sum() - light[k], 0.0)
+    least[1:] = np.minimum(least[1:], level[spare] + level[::-1][k[1:]] / (k[1:] + 1))
+    return max(1.0, float(max(least.min(), level[spare])) * ranks / total)
+
+
+def _relief(load: FloatArray, spare: int) -> FloatArray:
+    """How much the sum of single slots of these experts falls with each of `spare` replicas, largest falls first."""
+    if not len(load):
+        return np.zeros(spare)
+    r = np.arange(1, spare + 1)
+    falls = (load[:, None] / (r * (r + 1))).ravel()
+    return -np.sort(-falls)[:spare]
 
 
 def place_layer(
@@ -123,7 +140,9 @@ def place_layer(
     separate(table, each, experts)
     bound = max(rank_bound(pooled, slots, ranks), at_least)
     enough = bound * (1 + tolerance)
-    top = swap_down(table, each, experts, enough, 10 * slots)
+    # Swaps are cheap, so they go on for longer than makes a search worth while.
+    fine = bound * (1 + 0.01 * tolerance)
+    top = swap_down(table, each, experts, fine, 10 * slots)
     counted = np.append(replicas, 1)
     columns = np.ascontiguousarray(np.vstack([scaled.T, np.zeros(len(scaled))]))
     if len(scaled) > 1 or top > enough:
@@ -132,7 +151,7 @@ def place_layer(
         top = float(iterate(table, counted, columns, SQUARINGS, transfers, kicks, near, seed + 1))
         if len(scaled) == 1:
             each = np.append(pooled / counted[:-1], 0.0)
-            top = swap_down(table, each, experts, enough, 10 * slots)
+            top = swap_down(table, each, experts, fine, 10 * slots)
     else:
         top = float(objective(window_loads(table, columns, counted)))
     return Layout(table, counted[:-1], top if windows.any() else 1.0)
