@@ -5,18 +5,23 @@ device, turned into slots by the same code that balances a model in memory (so b
 and dropped again. Everything else is copied file by file under its stored name.
 
 Peak memory: one source shard, or what one layer needs while it is converted, whichever is more; the model is never
-loaded whole. The destination appears complete or not at all.
+loaded whole. A layer is converted weight by weight, because fusing holds a weight twice: stacked, and joined. With
+gate and up two thirds of an expert that is a third more than the layer, so the whole stays within one shard and one
+layer. The destination appears complete or not at all.
 """
 
 from __future__ import annotations
 
-import gc
 import json
+import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,16 +29,17 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from equipoise.checkpoint.source import INDEX, StoredWeights, names_by_layer
+from equipoise.checkpoint.memory import frugal_memory, release
+from equipoise.checkpoint.source import INDEX, StoredWeights, find_targets, names_by_layer
 from equipoise.errors import InputError
 from equipoise.files.atomic import atomic_directory, require_destination
 from equipoise.files.plan_json import check_plan, plan_to_json
 from equipoise.models.families import MoELayer, find_layers
 from equipoise.models.loading import ModelSource, empty_model, find_source, progress_bars
 from equipoise.progress import Track, quietly
-from equipoise.runtime.experts import IMPLEMENTATION
-from equipoise.runtime.install import check_fits, fill_layer, stored_bytes
-from equipoise.types import Plan
+from equipoise.runtime.experts import IMPLEMENTATION, Slots
+from equipoise.runtime.install import check_fits, install, slot_tensors, stored_bytes
+from equipoise.types import LayerPlan, Plan
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 
@@ -66,27 +72,30 @@ def apply_checkpoint(
     check_fits(plan, skeleton, layers)
     stored = StoredWeights(source)
     changed = {layer_plan.name for layer_plan in plan.layers if not layer_plan.is_identity}
-    names = _names_to_write(names_by_layer(skeleton, stored, [layer.name for layer in layers]), changed)
+    targets = find_targets(skeleton, stored)
+    names = _names_to_write(names_by_layer(targets, [layer.name for layer in layers]), changed)
     _check_room(out, stored, plan)
-    with atomic_directory(out, force) as partial:
+    with frugal_memory(), atomic_directory(out, force) as partial:
         shards = _Shards(partial)
         rest = _by_file(stored, names[""])
         for file_names in track(rest, len(rest), "copying weights"):
-            with stored.read(file_names) as slices:
-                shards.write({name: tensor[:] for name, tensor in slices.items()})
+            shards.write({name: tensor[...] for name, tensor in stored.read(file_names).items()})
         sizes = {}
         writing = [pair for pair in zip(layers, plan.layers, strict=True) if pair[0].name in names]
         for layer, layer_plan in track(writing, len(writing), "writing experts"):
             name = layer.name
-            if any(p.is_meta for p in layer.experts.parameters()):
-                _read_layer(skeleton, stored, names[name], layer)
+            parts = _by_weight(layer, {stored_name: targets[stored_name] for stored_name in names[name]})
             if name in changed:
-                fill_layer(layer, layer_plan)
+                _fill(skeleton, stored, parts, layer, layer_plan)
                 sizes[name] = stored_bytes(layer)
+            else:
+                for weight in parts:
+                    _read(skeleton, stored, parts[weight], layer, weight)
             tensors = {f"{name}.{key}": p.detach() for key, p in layer.experts.named_parameters()}
             shards.write(tensors)
             del tensors
             _forget(layer.experts)
+            release()
         shards.finish()
         _copy_other_files(source, partial)
         _write_config(source, partial, plan)
@@ -119,7 +128,15 @@ class _Shards:
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write one file."""
         if tensors:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, self._part(len(self.parts)), {"format": "pt"})
+            path = self._part(len(self.parts))
+            try:
+                save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"format": "pt"})
+            except SafetensorError as error:
+                # Its text is all that says which error of the system it was.
+                found = re.search(r"\(os error (\d+)\)", str(error))
+                if found is None:
+                    raise
+                raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
             self.parts.append(list(tensors))
             self.bytes += sum(v.numel() * v.element_size() for v in tensors.values())
 
@@ -142,29 +159,65 @@ def _by_file(stored: StoredWeights, names: list[str]) -> list[list[str]]:
     return [files[file] for file in sorted(files)]
 
 
-def _read_layer(skeleton: PreTrainedModel, stored: StoredWeights, names: list[str], layer: MoELayer) -> None:
-    """Fill one experts module of the skeleton with its stored weights, as `from_pretrained` would."""
+def _by_weight(layer: MoELayer, targets: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Stored names by the weight of the experts they go into; "" for what else the module holds (a norm)."""
+    out: dict[str, list[str]] = {name: [] for name in [*(weight.name for weight in layer.layout.weights), ""]}
+    for name, own in targets.items():
+        keys = [target.removeprefix(f"{layer.name}.") for target in own if target.startswith(f"{layer.name}.")]
+        out[_weight_name(layer, keys[0])].append(name)
+    return out
+
+
+def _weight_name(layer: MoELayer, key: str) -> str:
+    """Which weight a parameter of the experts module holds; the longest name wins (`down_proj_bias`)."""
+    return max((weight.name for weight in layer.layout.weights if weight.name in key), key=len, default="")
+
+
+def _fill(
+    skeleton: PreTrainedModel, stored: StoredWeights, parts: dict[str, list[str]], layer: MoELayer, plan: LayerPlan
+) -> None:
+    """Give one layer of the skeleton its slots, weight by weight."""
+    slots = Slots(layer.layout, plan)
+    tensors: dict[str, torch.Tensor] = {}
+    for weight in layer.layout.weights:
+        _read(skeleton, stored, parts[weight.name], layer, weight.name)
+        tensors |= slot_tensors(slots, weight)
+        _forget(layer.experts, lambda key, name=weight.name: _weight_name(layer, key) == name)  # type: ignore[misc]
+    _read(skeleton, stored, parts[""], layer, "")
+    install(layer.experts, slots, tensors)
+
+
+def _read(skeleton: PreTrainedModel, stored: StoredWeights, names: list[str], layer: MoELayer, weight: str) -> None:
+    """Fill one weight of a layer of the skeleton from the checkpoint, as `from_pretrained` would."""
+
+    def missing() -> list[str]:
+        own = layer.experts.named_parameters()
+        return [key for key, p in own if p.is_meta and _weight_name(layer, key) == weight]
+
+    if not missing():
+        return
     dtype = layer.layout.dtype
     config = LoadStateDictConfig(
         dtype=dtype,
         dtype_plan=skeleton._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(skeleton),  # type: ignore[arg-type]
     )
-    with progress_bars(shown=False), stored.read(names) as slices:
-        info, _ = convert_and_load_state_dict_in_model(skeleton, slices, config)
-    empty = [name for name, p in layer.experts.named_parameters() if p.is_meta]
-    if empty or info.conversion_errors:
-        raise InputError(f"the checkpoint lacks weights of {layer.name}: {', '.join(empty) or info.conversion_errors}")
+    with progress_bars(shown=False):
+        info, _ = convert_and_load_state_dict_in_model(skeleton, stored.read(names), config)
+    if missing() or info.conversion_errors:
+        raise InputError(
+            f"the checkpoint lacks weights of {layer.name}: {', '.join(missing()) or info.conversion_errors}"
+        )
 
 
-def _forget(module: nn.Module) -> None:
-    """Drop the tensors of a layer that has been written."""
+def _forget(module: nn.Module, which: Callable[[str], bool] = lambda key: True) -> None:
+    """Drop those tensors of a layer that are no longer needed."""
     for name, parameter in list(module.named_parameters()):
-        # The owner may be a part of the module: Muse Spark has a norm after its experts.
-        owner, _, key = name.rpartition(".")
-        empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        module.get_submodule(owner).register_parameter(key, empty)
-    gc.collect()
+        if which(name):
+            # The owner may be a part of the module: Muse Spark has a norm after its experts.
+            owner, _, key = name.rpartition(".")
+            empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            module.get_submodule(owner).register_parameter(key, empty)
 
 
 def _check_room(out: Path, stored: StoredWeights, plan: Plan) -> None:

@@ -29,6 +29,14 @@ COMMANDS: dict[str, str] = {
 """Command -> its line in `equipoise --help`. Its module is `equipoise.cli.<name>_command`, which has `command`."""
 
 
+_WORLD = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no room
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # not allowed
+    *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR),  # not a place for a file
+)
+"""What the system refuses because of where the user pointed, not because of a failure of Equipoise."""
+
+
 class _Lazy(click.Group):
     """Loads a command's module when it is asked for."""
 
@@ -81,7 +89,7 @@ def run(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in _WORLD:
             return _fail(2, f"{error.strerror}: {error.filename or 'the destination'}; nothing was written there")
         traceback.print_exc()
         return 1

@@ -41,13 +41,16 @@ class Int8:
         Raises:
             InputError: the weight holds NaN or inf.
         """
+        axis = _in_axis(out_axis)
         w = weight.to(torch.float32)
-        scale = w.abs().amax(dim=_in_axis(out_axis), keepdim=True) / 127
+        scale = torch.maximum(w.amax(axis, keepdim=True), -w.amin(axis, keepdim=True)) / 127
         if not bool(torch.isfinite(scale).all()):
             raise InputError("a weight is NaN or inf; the checkpoint is damaged")
         # A scale below the normal range has too few bits left to divide by.
         scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
-        return {"": torch.round(w / scale).clamp_(-127, 127).to(torch.int8), "_scale": scale}
+        # At most one float32 copy of the weight: a checkpoint is converted within the memory of a layer.
+        q = w / scale if w is weight else w.div_(scale)
+        return {"": q.round_().clamp_(-127, 127).to(torch.int8), "_scale": scale}
 
     def decode(self, stored: Mapping[str, torch.Tensor], out_axis: int, dtype: torch.dtype) -> torch.Tensor:
         """Q * scale, multiplied in float32 and rounded once to `dtype`."""

@@ -97,24 +97,33 @@ def fill_layer(layer: MoELayer, plan: LayerPlan) -> None:
     slots = Slots(layer.layout, plan)
     tensors: dict[str, torch.Tensor] = {}
     for weight in layer.layout.weights:
-        for precision, members in _pools(slots, weight).items():
-            form = get_format(precision)
-            first = plan.slots[members[0]].expert
-            example = form.encode(layer.layout.expert(weight.name, first).detach(), weight.out_axis)
-            for suffix, part in example.items():
+        tensors |= slot_tensors(slots, weight)
+    install(layer.experts, slots, tensors)
+
+
+def slot_tensors(slots: Slots, weight: Weight) -> dict[str, torch.Tensor]:
+    """The stored tensors of one weight: each slot's copy of its expert, in its precision.
+
+    Returns:
+        name in the checkpoint -> [slots of the precision, ...].
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for precision, members in _pools(slots, weight).items():
+        form = get_format(precision)
+        for place, s in enumerate(members):
+            source = slots.layout.expert(weight.name, slots.table.layer.slots[s].expert).detach()
+            for suffix, part in form.encode(source, weight.out_axis).items():
                 name = stored_name(weight.name, precision, suffix)
-                tensors[name] = part.new_empty((len(members), *part.shape))
-            for place, s in enumerate(members):
-                stored = form.encode(layer.layout.expert(weight.name, plan.slots[s].expert).detach(), weight.out_axis)
-                for suffix, part in stored.items():
-                    tensors[stored_name(weight.name, precision, suffix)][place] = part
-    _install(layer.experts, slots, tensors)
+                if name not in tensors:
+                    tensors[name] = part.new_empty((len(members), *part.shape))
+                tensors[name][place] = part
+    return tensors
 
 
 def empty_layer(layer: MoELayer, plan: LayerPlan) -> None:
     """Replace the experts of a skeleton on the meta device by empty slots, ready for a checkpoint."""
     slots = Slots(layer.layout, plan)
-    _install(
+    install(
         layer.experts,
         slots,
         {
@@ -135,7 +144,8 @@ def _pools(slots: Slots, weight: Weight) -> dict[str, list[int]]:
     return {"original": list(range(slots.table.num_slots))}
 
 
-def _install(module: nn.Module, slots: Slots, tensors: dict[str, torch.Tensor]) -> None:
+def install(module: nn.Module, slots: Slots, tensors: dict[str, torch.Tensor]) -> None:
+    """Put the slots' tensors in the place of the module's own weights."""
     slots.layout.drop()
     for name, tensor in tensors.items():
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
