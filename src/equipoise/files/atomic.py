@@ -10,6 +10,7 @@ next write first puts it back.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -84,6 +85,14 @@ def require_destination(path: Path, force: bool, inputs: Iterable[Path] = ()) ->
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{path} cannot be written: {parent} is not a directory this user may write to")
+    try:
+        os.lstat(_partial(path))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{path} cannot be written: the name is too long") from None
+        raise
     if parent == path.absolute().parent:
         _sweep(path)  # may put back what a killed writer had moved aside
     if os.path.lexists(path) and not force:

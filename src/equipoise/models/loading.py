@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -192,6 +193,17 @@ def progress_bars(shown: bool) -> Iterator[None]:
         (transformers_logging.enable_progress_bar if before else transformers_logging.disable_progress_bar)()
 
 
+@contextlib.contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Keep transformers' table of what did not load off stderr: it is refused below, in one line."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
 def load_model(
     name: str | Path,
     *,
@@ -208,17 +220,35 @@ def load_model(
         tokenizer: load the tokenizer too.
 
     Raises:
-        InputError: no such model, no weights, no tokenizer.
+        InputError: no such model, no weights, weights damaged or incomplete, no tokenizer.
     """
     source = find_source(name)
     words = load_tokenizer(source) if tokenizer else None
     try:
-        with progress_bars(shown=sys.stderr.isatty()):
-            model = auto_class(source.config).from_pretrained(source.path, dtype=dtype)
+        with progress_bars(shown=sys.stderr.isatty()), _no_load_report():
+            model, info = auto_class(source.config).from_pretrained(
+                source.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except SafetensorError as error:
+        raise InputError(f"{source.name} is damaged: {_first_line(error)}") from error
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise InputError(f"{source.name} is incomplete or damaged: transformers cannot join its experts") from error
     except OSError as error:
         if not any(source.path.glob("*.safetensors")):
             raise InputError(f"{source.name} has no safetensors weights: {_first_line(error)}") from error
         raise
+    # transformers gives random weights to what is missing or of another shape, and at best warns.
+    if info["mismatched_keys"]:
+        name, stored, wanted = min(info["mismatched_keys"])
+        raise InputError(
+            f"the weights of {source.name} do not fit its config.json: {name} is {tuple(stored)}, not {tuple(wanted)}"
+        )
+    if info["missing_keys"]:
+        some = sorted(info["missing_keys"])
+        more = f" and {len(some) - 3} more" if len(some) > 3 else ""
+        raise InputError(f"{source.name} is incomplete: its files lack {', '.join(some[:3])}{more}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() and os.environ.get("EQUIPOISE_DEVICE") != "cpu" else "cpu"
     return LoadedModel(source, model.to(device).eval(), words)
