@@ -19,7 +19,7 @@ from equipoise.checkpoint.source import StoredWeights
 from equipoise.files import load_plan
 from equipoise.models.families import find_layers
 from equipoise.models.loading import empty_model, find_source
-from equipoise.runtime.install import slot_bytes
+from equipoise.runtime.sizes import slot_bytes
 
 
 def resident() -> int:

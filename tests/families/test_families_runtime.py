@@ -22,8 +22,9 @@ from families_support import (
 from equipoise.models import find_layers
 from equipoise.profiling import watch
 from equipoise.runtime import apply, expert_bytes
+from equipoise.runtime.application import finish
 from equipoise.runtime.experts import Slots
-from equipoise.runtime.install import fill_layer, finish
+from equipoise.runtime.install import fill_layer
 
 IDS, MASK = padded([7, 12, 3, 9], "right")
 

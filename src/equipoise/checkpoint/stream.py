@@ -38,7 +38,8 @@ from equipoise.models.families import MoELayer, find_layers
 from equipoise.models.loading import ModelSource, empty_model, find_source, progress_bars
 from equipoise.progress import Track, quietly
 from equipoise.runtime.experts import IMPLEMENTATION, Slots
-from equipoise.runtime.install import check_fits, install, slot_tensors, stored_bytes
+from equipoise.runtime.install import check_fits, install, slot_tensors
+from equipoise.runtime.sizes import stored_bytes
 from equipoise.types import LayerPlan, Plan
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}

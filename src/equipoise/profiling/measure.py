@@ -20,7 +20,8 @@ from equipoise.options import ProfileOptions
 from equipoise.profiling.importance import ImportanceMeter, low_precision
 from equipoise.profiling.watching import watch
 from equipoise.progress import Track, quietly
-from equipoise.runtime.install import plan_of, slot_bytes
+from equipoise.runtime.install import plan_of
+from equipoise.runtime.sizes import slot_bytes
 from equipoise.types import IntArray, Profile
 
 Batch = Mapping[str, torch.Tensor]

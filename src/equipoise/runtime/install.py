@@ -1,7 +1,6 @@
-"""Giving a model the slots of a plan, in place: layer by layer, real weights or an empty skeleton.
+"""Putting the slots of a plan in the place of a layer's experts: real weights, or an empty skeleton on the meta device.
 
-Everything that can be wrong (another model, a plan that does not fit) is checked before the first weight is
-touched. A layer whose plan is the identity is left exactly as it is.
+A layer whose plan is the identity is left exactly as it is.
 """
 
 from __future__ import annotations
@@ -13,35 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from equipoise.errors import InputError
-from equipoise.files.plan_json import check_plan, plan_from_json, plan_to_json
+from equipoise.files.plan_json import plan_from_json
 from equipoise.formats import get_format
 from equipoise.models.families import MoELayer, find_layers, is_dispatched
-from equipoise.models.layout import ExpertsLayout, Weight
+from equipoise.models.layout import Weight
 from equipoise.runtime.experts import IMPLEMENTATION, Slots, experts_forward, stored_name
+from equipoise.runtime.sizes import slot_bytes
 from equipoise.types import LayerPlan, Plan
-
-
-def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """Give `model` the slots of `plan`, in place, and return it.
-
-    `model.save_pretrained` then writes a checkpoint that plain `from_pretrained` loads after `import equipoise`.
-
-    Raises:
-        InputError: the plan is not valid, or was made for another model, or the model has a plan already, or a weight
-            does not fit the precision it is to get. The model is then as it was.
-    """
-    if plan_of(model) is not None:
-        raise InputError("the model has a plan already; load the original again to apply another")
-    check_plan(plan)
-    layers = find_layers(model)
-    check_fits(plan, model, layers)
-    changed = [pair for pair in zip(layers, plan.layers, strict=True) if not pair[1].is_identity]
-    for layer, layer_plan in changed:
-        _check_weights(layer, layer_plan)
-    for layer, layer_plan in changed:
-        fill_layer(layer, layer_plan)
-    finish(model, plan)
-    return model
 
 
 def check_fits(plan: Plan, model: PreTrainedModel, layers: list[MoELayer]) -> None:
@@ -81,7 +58,7 @@ def check_fits(plan: Plan, model: PreTrainedModel, layers: list[MoELayer]) -> No
         )
 
 
-def _check_weights(layer: MoELayer, plan: LayerPlan) -> None:
+def check_weights(layer: MoELayer, plan: LayerPlan) -> None:
     """Refuse weights that the precision they are to get cannot hold."""
     for expert, precision in dict.fromkeys((slot.expert, slot.precision) for slot in plan.slots):
         for weight in layer.layout.weights:
@@ -161,17 +138,6 @@ def _undispatched(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), {"forward": experts_forward, "__module__": cls.__module__})
 
 
-def finish(model: PreTrainedModel, plan: Plan) -> None:
-    """Route the model's experts through the registered implementation and attach what saving needs."""
-    from equipoise.runtime.registration import EquipoiseConfig, EquipoiseQuantizer
-
-    dispatch(model)
-    config = EquipoiseConfig(plan=plan_to_json(plan))
-    quantizer = EquipoiseQuantizer(config, pre_quantized=True)
-    model.hf_quantizer = quantizer  # type: ignore[assignment]
-    quantizer.postprocess_model(model)
-
-
 def dispatch(model: PreTrainedModel) -> None:
     """Select the registered implementation; layers without slots keep the one they had."""
     base = model.config._experts_implementation
@@ -190,42 +156,3 @@ def plan_of(model: PreTrainedModel) -> Plan | None:
     config = getattr(model.config, "quantization_config", None)
     document = config.get("plan") if isinstance(config, dict) else getattr(config, "plan", None)
     return None if document is None else plan_from_json(document)
-
-
-def slot_bytes(layout: ExpertsLayout, precision: str) -> int:
-    """True bytes of one slot: its weights in that precision, scales and biases included."""
-    return sum(
-        part.nbytes
-        for weight in layout.weights
-        for part in get_format(precision if weight.quantizable else "original").parts(
-            weight.shape, weight.out_axis, weight.dtype
-        )
-    )
-
-
-def expert_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
-    """Actual tensor bytes of the routed experts, counted on the model's own tensors.
-
-    Returns:
-        layer name -> precision -> bytes (biases count as `original`).
-    """
-    return {layer.name: stored_bytes(layer) for layer in find_layers(model)}
-
-
-def stored_bytes(layer: MoELayer) -> dict[str, int]:
-    """Actual tensor bytes of one layer's experts by precision (biases count as `original`)."""
-    balanced = hasattr(layer.experts, "equipoise_slots")
-    sizes: dict[str, int] = {}
-    for name, parameter in layer.experts.named_parameters():
-        if layer.layout.is_expert_weight(name):
-            precision = _precision_of(name, layer.layout) if balanced else "original"
-            sizes[precision] = sizes.get(precision, 0) + parameter.numel() * parameter.element_size()
-    return sizes
-
-
-def _precision_of(name: str, layout: ExpertsLayout) -> str:
-    """Precision of a stored tensor by its name; the longest weight name wins (`down_proj_bias`)."""
-    for weight in sorted(layout.weights, key=lambda w: -len(w.name)):
-        if name.startswith(f"{weight.name}_"):
-            return name.removeprefix(f"{weight.name}_").removesuffix("_scale")
-    return "original"

@@ -46,6 +46,7 @@ class EquipoiseQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **keywords: Any) -> None:
+        # Not at the top: this module may be imported in the middle of an import of transformers' model classes.
         from equipoise.files.plan_json import plan_from_json
         from equipoise.models.families import find_layers
         from equipoise.runtime.install import check_fits, dispatch, empty_layer

@@ -87,9 +87,12 @@ class SlotTable:
         by_expert: list[list[int]] = [[] for _ in range(layer.num_experts)]
         for s, slot in enumerate(layer.slots):
             by_expert[slot.expert].append(s)
-        patterns = [
-            np.array(slots)[share_pattern(np.array([layer.slots[s].share for s in slots]))] for slots in by_expert
-        ]
+        self._set_patterns(
+            [np.array(slots)[share_pattern(np.array([layer.slots[s].share for s in slots]))] for slots in by_expert]
+        )
+
+    def _set_patterns(self, patterns: list[np.ndarray]) -> None:
+        """Take the order in which each expert's slots get its tokens."""
         lengths = [len(p) for p in patterns]
         # One entry more: dropped selections (expert E) read a pattern of length 1 that is the sentinel slot S.
         # numpy, because a skeleton is built under `torch.device("meta")`, where a new tensor would have no data.
@@ -107,7 +110,20 @@ class SlotTable:
         return self._on[device]
 
     def __deepcopy__(self, memo: dict[int, object]) -> SlotTable:
-        return SlotTable(self.layer)
+        twin = SlotTable(self.layer)
+        twin._arrays = self._arrays
+        return twin
+
+    def rerouted(self, by_expert: list[list[int]]) -> SlotTable:
+        """A table over the same storage in which other slots serve an expert, each an even share.
+
+        Args:
+            by_expert: slots of each expert, at least one, in the order in which they take its tokens. A slot that is
+                named nowhere serves nobody.
+        """
+        twin = SlotTable(self.layer)
+        twin._set_patterns([np.array(slots, dtype=np.int64) for slots in by_expert])
+        return twin
 
     def assign(self, index: torch.Tensor) -> torch.Tensor:
         """Slot of each selection.
