@@ -138,22 +138,21 @@ def place_layer(
     each = np.append(pooled / replicas, 0.0)
     table = pack(each, replicas, ranks)
     separate(table, each, experts)
-    bound = max(rank_bound(pooled, slots, ranks), at_least)
-    enough = bound * (1 + tolerance)
     # Swaps are cheap, so they go on for longer than makes a search worth while.
-    fine = bound * (1 + 0.01 * tolerance)
-    top = swap_down(table, each, experts, fine, 10 * slots)
+    bound, fine = max(1.0, at_least), 1 + 0.01 * tolerance
+    top = swap_down(table, each, experts, bound * fine, 10 * slots)
+    if len(scaled) == 1 and top <= bound * (1 + tolerance):
+        return Layout(table, replicas, top if windows.any() else 1.0)
+    bound = max(rank_bound(pooled, slots, ranks), at_least)
     counted = np.append(replicas, 1)
     columns = np.ascontiguousarray(np.vstack([scaled.T, np.zeros(len(scaled))]))
-    if len(scaled) > 1 or top > enough:
+    if len(scaled) > 1 or top > bound * (1 + tolerance):
         kicks = int(np.clip(WORK // (len(scaled) * slots * table.shape[1]), 2, most_kicks))
         near = bound * (1 + max(tolerance, KICK_TOLERANCE))
         top = float(iterate(table, counted, columns, SQUARINGS, transfers, kicks, near, seed + 1))
         if len(scaled) == 1:
             each = np.append(pooled / counted[:-1], 0.0)
-            top = swap_down(table, each, experts, fine, 10 * slots)
-    else:
-        top = float(objective(window_loads(table, columns, counted)))
+            top = swap_down(table, each, experts, bound * fine, 10 * slots)
     return Layout(table, counted[:-1], top if windows.any() else 1.0)
 
 
