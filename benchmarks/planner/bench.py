@@ -8,7 +8,8 @@ What is compared, and how:
   held out    EPLB and greedy as above; ours as the product plans by default (windows of the same part); scored on the
               rest, mean over windows and layers of max over mean of the ranks
   bound       what no even-share layout can beat: 1, or the heaviest expert (`placement.rank_bound`)
-  time        the call that plans all layers, compiled code warm; compile time of a fresh process with an empty cache by itself
+  time        the call that plans all layers, compiled code warm; by itself, the compile time of a
+              fresh process with an empty cache
 """
 
 from __future__ import annotations
