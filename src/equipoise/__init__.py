@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from equipoise.metrics import lis, max_over_mean, rank_load, slot_lis, slot_load
     from equipoise.planning import plan
     from equipoise.profiling import profile, watch
+    from equipoise.rerouting import calibrate as calibrate_laser
+    from equipoise.rerouting import laser, load_laser, save_laser
     from equipoise.runtime import apply
+    from equipoise.runtime.balancer import StreamingBalancer
     from equipoise.types import LayerPlan, Plan, Profile, Slot
 
 _WHERE = {
@@ -37,15 +40,20 @@ _WHERE = {
     "Plan": "types",
     "Profile": "types",
     "Slot": "types",
+    "StreamingBalancer": "runtime.balancer",
     "apply": "runtime",
     "apply_checkpoint": "checkpoint",
+    "calibrate_laser": "rerouting",
+    "laser": "rerouting",
     "lis": "metrics",
+    "load_laser": "rerouting",
     "load_plan": "files",
     "load_profile": "files",
     "max_over_mean": "metrics",
     "plan": "planning",
     "profile": "profiling",
     "rank_load": "metrics",
+    "save_laser": "rerouting",
     "save_plan": "files",
     "save_profile": "files",
     "slot_lis": "metrics",
@@ -53,13 +61,16 @@ _WHERE = {
     "watch": "profiling",
 }
 
+_CALLED = {"calibrate_laser": "calibrate"}
+"""Public names that their module knows by a shorter one."""
+
 __all__ = [*_WHERE, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'equipoise' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"equipoise.{_WHERE[name]}"), name)
+    value = getattr(importlib.import_module(f"equipoise.{_WHERE[name]}"), _CALLED.get(name, name))
     globals()[name] = value
     return value
 

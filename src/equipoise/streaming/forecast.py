@@ -24,7 +24,7 @@ from collections import deque
 
 import numpy as np
 
-from equipoise.planning.replicas import replica_counts
+from equipoise.streaming.moves import Spare, place
 from equipoise.streaming.options import AdaptiveOptions
 from equipoise.types import FloatArray
 
@@ -43,7 +43,7 @@ class Forecaster:
         weights: [H, L] their weights in the blend; sum to 1 over H.
     """
 
-    def __init__(self, spare: int, options: AdaptiveOptions) -> None:
+    def __init__(self, spare: Spare, options: AdaptiveOptions) -> None:
         self.options = options
         self.spare = spare
         self.each: FloatArray | None = None
@@ -101,7 +101,7 @@ class Forecaster:
         assert self._loss is not None
         if not window.any():
             return
-        slots = replica_counts(self.each, self.spare)
+        slots = place(self.each, self.spare)
         lis = (shares(window)[None] / slots).max(-1)
         mean = lis.mean(0)
         relative = np.divide(lis, mean, out=np.ones_like(lis), where=mean > 0) - 1

@@ -11,10 +11,30 @@ Cost: O(R (E + R)) a layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
+from equipoise.planning.replicas import replica_counts
 from equipoise.types import FloatArray, IntArray
+
+Spare: TypeAlias = "int | IntArray"
+"""Spare slots of each layer: one number for all, or int [L]."""
+
+
+def place(load: FloatArray, spare: Spare) -> IntArray:
+    """Water-filled slots of each expert.
+
+    Args:
+        load: [..., L, E] loads.
+        spare: spare slots of each layer.
+
+    Returns:
+        int64 [..., L, E].
+    """
+    if isinstance(spare, (int, np.integer)):
+        return replica_counts(load, int(spare))
+    return np.stack([replica_counts(load[..., row, :], int(r)) for row, r in enumerate(spare)], axis=-2)
 
 
 def moved_slots(before: IntArray, after: IntArray) -> IntArray:

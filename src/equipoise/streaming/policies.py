@@ -19,9 +19,8 @@ from typing import Protocol
 import numpy as np
 
 from equipoise.errors import InputError
-from equipoise.planning.replicas import replica_counts
 from equipoise.streaming.forecast import Forecaster
-from equipoise.streaming.moves import migrate, moved_slots
+from equipoise.streaming.moves import Spare, migrate, moved_slots, place
 from equipoise.streaming.options import AdaptiveOptions
 from equipoise.types import FloatArray, IntArray
 
@@ -53,7 +52,7 @@ class Raw:
 class Filled:
     """Water-filling of loads that decay by `memory` a window: 1 is `long`, 0 is `short`."""
 
-    def __init__(self, spare: int, memory: float) -> None:
+    def __init__(self, spare: Spare, memory: float) -> None:
         self._spare, self._memory = spare, memory
         self._load: FloatArray | float = 0.0
 
@@ -63,20 +62,20 @@ class Filled:
 
     def decide(self) -> IntArray:
         """See `Policy`."""
-        return replica_counts(np.asarray(self._load), self._spare)
+        return place(np.asarray(self._load), self._spare)
 
 
 class Static:
     """Water-filling of the first window, kept."""
 
-    def __init__(self, spare: int) -> None:
+    def __init__(self, spare: Spare) -> None:
         self._spare = spare
         self._slots: IntArray | None = None
 
     def observe(self, parts: FloatArray) -> None:
         """See `Policy`."""
         if self._slots is None:
-            self._slots = replica_counts(parts.sum(0), self._spare)
+            self._slots = place(parts.sum(0), self._spare)
 
     def decide(self) -> IntArray:
         """See `Policy`."""
@@ -88,7 +87,7 @@ class Adaptive:
     """Blended forecast, and only the moves that pay.
 
     Args:
-        spare: R, spare slots of each layer.
+        spare: R, spare slots of each layer, or int [L].
         options: how to forecast and when to move.
         slot_bytes: bytes of one moved slot (for `options.move_bytes`): the largest, where they differ.
         slots: int [L, E] replicas in place already (None: the first window places them).
@@ -96,7 +95,7 @@ class Adaptive:
 
     def __init__(
         self,
-        spare: int,
+        spare: Spare,
         options: AdaptiveOptions | None = None,
         slot_bytes: int | None = None,
         slots: IntArray | None = None,
@@ -113,7 +112,7 @@ class Adaptive:
     def observe(self, parts: FloatArray) -> None:
         """See `Policy`."""
         self.forecaster.observe(parts)
-        last = replica_counts(parts.sum(0), self._spare)
+        last = place(parts.sum(0), self._spare)
         if self._last is not None and self.options.follow_share is not None:
             self._credit += self.options.follow_share * float(moved_slots(self._last, last).sum())
         self._last = last
@@ -132,13 +131,17 @@ class Adaptive:
         self._slots = after
         return after
 
+    def placed(self, slots: IntArray) -> None:
+        """Say what is in place, where a decision could not be carried out: int [L, E]."""
+        self._slots = slots
+
 
 POLICIES = ("raw", "static", "long", "short", "adaptive", "oracle")
 """In the order in which they are shown."""
 
 
 def make_policy(
-    name: str, spare: int, options: AdaptiveOptions | None = None, slot_bytes: int | None = None
+    name: str, spare: Spare, options: AdaptiveOptions | None = None, slot_bytes: int | None = None
 ) -> Policy | None:
     """The policy of that name; None for `oracle`, which only a replay can know.
 
