@@ -1,0 +1,208 @@
+"""`laser`: LASER routing for as long as a block lasts, on any supported family, with or without a plan.
+
+Load is that of the batch in flight plus a window: what earlier batches chose, halved every `window` tokens. Where a
+plan gave an expert r slots its load counts as that of its busiest slot, load / r with even shares.
+
+T tokens, E experts, k experts a token selects, L layers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from equipoise.errors import InputError
+from equipoise.models.families import MoELayer, find_layers
+from equipoise.profiling.padding import PaddingTracker
+from equipoise.rerouting.routers import RouterPatch, classes_of, kind_of, router_of
+from equipoise.rerouting.selection import Rule, count, distribution, select
+from equipoise.rerouting.thresholds import Thresholds, load_laser
+from equipoise.types import IntArray
+
+WINDOW = 64
+"""Tokens after which an earlier load counts half: it steers single decoding steps, a prompt is its own load."""
+
+
+class LayerRouting:
+    """The decisions of one layer, and the load it remembers. Safe to use from several threads."""
+
+    def __init__(self, layer: MoELayer, rule: Rule, padding: PaddingTracker, classes: int, window: int) -> None:
+        self.layer = layer
+        self.rule = rule
+        self.window = window
+        self.moved: torch.Tensor | None = None
+        self.tokens = 0
+        self._padding = padding
+        self._slots = slot_divisor(layer, classes)
+        self._before: torch.Tensor | None = None
+        self._lock = threading.Lock()
+
+    def decide(self, scores: torch.Tensor, index: torch.Tensor, logits: bool) -> torch.Tensor:
+        """The experts of each token of a forward: scores [T, E], index int64 [T, k] -> int64 [T, k].
+
+        Raises:
+            InputError: a score is NaN or infinite; nothing is remembered of that batch.
+        """
+        if not len(index):
+            return index
+        # topk and argmax take NaN for the largest, so what was chosen shows every one.
+        if not bool(scores.gather(-1, index).isfinite().all()):
+            raise InputError(
+                f"the router of layer {self.layer.layer_id} gave scores that are NaN or infinite; "
+                "check the model's weights and the dtype it runs in"
+            )
+        real = self._padding.real_rows(len(index))
+        slots = self._slots.to(scores.device)
+        with self._lock:
+            before = torch.zeros_like(slots) if self._before is None else self._before.to(scores.device)
+        p = distribution(scores, logits)
+        # A class that is no expert (ZAYA skips) is neither given nor taken away: such a token is not in p's order.
+        p[:, self.layer.num_experts :] = 0
+        chosen, moved = self.choose(p, index, slots, before, real)
+        load = count(chosen, len(slots), real)
+        tokens = len(index) if real is None else int(real.sum())
+        with self._lock:
+            self._before = (before + load) * 0.5 ** (tokens / self.window) if self.window else None
+            self.moved = moved.sum() if self.moved is None else self.moved + moved.sum()
+            self.tokens += tokens
+        return chosen
+
+    def choose(
+        self, p: torch.Tensor, index: torch.Tensor, slots: torch.Tensor, before: torch.Tensor, real: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `select`, by the layer's rule."""
+        return select(p, index, self.rule, slots, before, real)
+
+
+def slot_divisor(layer: MoELayer, classes: int) -> torch.Tensor:
+    """What each expert's load is divided by to be that of its busiest slot: float32 [classes].
+
+    1 without a plan, r with r even slots, 1 / (largest share) in general; inf for a class that is no expert.
+    """
+    divisor = torch.ones(classes)
+    divisor[layer.num_experts :] = torch.inf
+    balanced: Any = getattr(layer.experts, "equipoise_slots", None)
+    if balanced is not None:
+        largest = np.zeros(layer.num_experts)
+        for slot in balanced.table.layer.slots:
+            largest[slot.expert] = max(largest[slot.expert], slot.share)
+        divisor[: layer.num_experts] = torch.from_numpy(1 / largest).float()
+    return divisor
+
+
+class Laser:
+    """What LASER did inside the block so far.
+
+    Attributes:
+        thresholds: the rules in use.
+        layers: decisions, one a layer that LASER decides; layers that route by a table of token ids have none.
+        fixed: the model's own numbers of those layers.
+        names: module paths of the experts of all MoE layers.
+    """
+
+    def __init__(
+        self, thresholds: Thresholds, layers: Sequence[LayerRouting], fixed: Sequence[int], names: Sequence[str]
+    ) -> None:
+        self.thresholds = thresholds
+        self.names = tuple(names)
+        self.layers = tuple(layers)
+        self.fixed = tuple(fixed)
+
+    @property
+    def rerouted(self) -> IntArray:
+        """int64 [layers]: tokens that did not get their top-k."""
+        return np.array([0 if layer.moved is None else int(layer.moved) for layer in self.layers], dtype=np.int64)
+
+    @property
+    def tokens(self) -> IntArray:
+        """int64 [layers]: tokens that LASER looked at, padding left out."""
+        return np.array([layer.tokens for layer in self.layers], dtype=np.int64)
+
+
+@contextmanager
+def installed(
+    model: PreTrainedModel, thresholds: Thresholds, window: int = WINDOW, routing: type[LayerRouting] = LayerRouting
+) -> Iterator[Laser]:
+    """LASER with known thresholds, inside the block.
+
+    Args:
+        model: balanced or not.
+        thresholds: one rule a MoE layer.
+        window: tokens after which an earlier batch's load counts half; 0: only the batch in flight counts.
+        routing: what decides in each layer.
+
+    Raises:
+        InputError: a router cannot be adapted, or the thresholds are another model's. The model is then untouched.
+    """
+    if window < 0:
+        raise InputError(f"laser: window must not be negative, got {window}")
+    found = find_layers(model)
+    thresholds.check(model, found)
+    padding = PaddingTracker(model)
+    work, fixed = [], []
+    for layer, rule in zip(found, thresholds.rules, strict=True):
+        router = router_of(model.get_submodule(layer.name.rpartition(".")[0]))
+        if router is None:
+            raise InputError(
+                f"laser found no router beside the experts {layer.name} of model_type {model.config.model_type!r}; "
+                "balance this family with a plan instead"
+            )
+        if getattr(router, "equipoise_laser", False):
+            raise InputError("laser is installed on this model already; leave that block first")
+        if kind_of(router) is None:
+            fixed.append(layer.layer_id)
+            continue
+        classes = classes_of(router, layer.num_experts)
+        work.append((router, routing(layer, rule, padding, classes, window)))
+    with ExitStack() as undo, padding.tracking():
+        for router, layer_routing in work:
+            patch = RouterPatch(router, layer_routing.layer, layer_routing.decide)
+            undo.callback(patch.remove)
+        yield Laser(thresholds, [layer_routing for _, layer_routing in work], fixed, [layer.name for layer in found])
+
+
+@contextmanager
+def laser(
+    model: PreTrainedModel,
+    thresholds: Thresholds | None = None,
+    *,
+    calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    max_loss_increase: float | None = None,
+    window: int = WINDOW,
+) -> Iterator[Laser]:
+    """Route by score distribution and load inside the block (arXiv 2510.03293).
+
+        with eq.laser(model, calibration=batches) as routing:
+            model.generate(**batch)
+        routing.rerouted
+
+    Args:
+        model: with MoE layers, balanced or not.
+        thresholds: from `calibrate` or `load_laser`. None: calibrated here, or those stored beside the checkpoint.
+        calibration: batches to calibrate on (dicts with input_ids, attention_mask).
+        max_loss_increase: relative, of the loss on the calibration text; 0.005 when not given.
+        window: tokens after which an earlier batch's load counts half; 0: only the batch in flight counts.
+
+    Raises:
+        InputError: no thresholds and nothing to calibrate on; a router that cannot be adapted; another model's
+            thresholds.
+    """
+    from equipoise.rerouting.calibration import MAX_LOSS_INCREASE, calibrate
+
+    if thresholds is not None and calibration is not None:
+        raise InputError("laser: give thresholds or calibration text, not both")
+    if calibration is None and max_loss_increase is not None:
+        raise InputError("laser: max_loss_increase is for calibration: give calibration batches too")
+    if calibration is not None:
+        bound = MAX_LOSS_INCREASE if max_loss_increase is None else max_loss_increase
+        thresholds = calibrate(model, list(calibration), max_loss_increase=bound, window=window).thresholds
+    elif thresholds is None:
+        thresholds = load_laser(model)
+    with installed(model, thresholds, window) as routing:
+        yield routing
