@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from core_models import batch, fresh_process, random_slots
 from equipoise.errors import InputError
-from equipoise.models import load_model
+from equipoise.models import find_layers, load_model
 from equipoise.runtime import apply, plan_of
 from families.families_support import identity_slots, make_plan
 from tiny import FAMILIES
@@ -145,3 +145,16 @@ def test_a_damaged_plan_inside_a_checkpoint_is_refused(saved: dict, tmp_path: Pa
 def test_a_balanced_model_is_for_inference(saved: dict):
     model = load_model(saved["mixtral"][0], tokenizer=False).model
     assert model.hf_quantizer.is_trainable is False
+
+
+def test_layers_without_slots_run_what_they_ran_before(saved: dict):
+    """Grouped or eager: in the model in memory, and again after loading, transformers' own choice."""
+    untouched = FAMILIES["qwen3_moe"]()
+    memory = FAMILIES["qwen3_moe"]()
+    apply(memory, make_plan(memory, CASES["partial"][1]))
+    loaded = load_model(saved["partial"][0], tokenizer=False).model
+    wanted = untouched.config._experts_implementation
+    assert wanted != "equipoise"
+    for model in (memory, loaded):
+        assert model.config._experts_implementation == "equipoise"
+        assert {layer.experts.equipoise_base for layer in find_layers(model)} == {wanted}
