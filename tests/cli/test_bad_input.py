@@ -334,7 +334,6 @@ def test_a_layer_without_load_is_kept_as_it_is(made: Path, tmp_path: Path):
     ("arguments", "message"),
     [
         (["profile", "@dense", *DATA, *OUT], "is not a Mixture-of-Experts model"),
-        (["apply", "@other", "@plan.json", *OUT], "made for a model"),
         (["plan", "@plan.json", *OUT], "profile"),
     ],
 )
