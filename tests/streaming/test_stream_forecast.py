@@ -76,6 +76,8 @@ def test_nothing_observed_nothing_forecast():
         ({"powers": (0.5,)}, "powers"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"forget": 0.0}, "forget"),
+        ({"drift": 0.0}, "drift"),
+        ({"restart": 0.0}, "restart"),
         ({"shared": 2.0}, "shared"),
         ({"recall_windows": 1}, "recall_windows"),
         ({"move_price": -1.0}, "move_price"),
@@ -86,3 +88,17 @@ def test_nothing_observed_nothing_forecast():
 def test_options_that_cannot_be_are_refused(bad, word):
     with pytest.raises(InputError, match=word):
         AdaptiveOptions(**bad)
+
+
+def test_after_a_change_of_regime_the_old_one_is_outweighed_at_once():
+    parts = np.concatenate([regimes([0], windows=6), regimes([1], windows=1)])
+    options = {"memory": (1.0,), "powers": (1.0,), "recall": False}
+    restarted, never = told(parts, **options), told(parts, drift=float("inf"), **options)
+    assert (restarted.blend().argmax(1) == 3).all()
+    assert (never.blend().argmax(1) == 0).all()
+
+
+def test_a_steady_stream_is_never_taken_for_a_change():
+    parts = regimes([0], windows=40, tokens=200)
+    options = {"memory": (0.4, 1.0), "powers": (2.0,), "recall": False}
+    assert np.array_equal(told(parts, **options).each, told(parts, drift=float("inf"), **options).each)

@@ -9,8 +9,12 @@ so a busy expert that is forecast too low costs and one forecast too high costs 
 mean (p = 1) and the maximum (p = inf), insures against that. L_h, the loss of forecaster h, is the LIS its own
 placement had in past windows relative to the mean of the forecasters', discounted; this is the exponentially
 weighted forecaster of Cesa-Bianchi and Lugosi (Prediction, Learning, and Games, 2006, section 2.9 for the
-discount). The discount is the drift detection: after a change the forecasters with long memory lose their weight
-within a few windows, and where a regime comes back the recall gains it.
+discount): where the stream changes slowly long memories win, where it is restless short ones, and where regimes
+come back the recall.
+
+Drift: d = mean |n - f| of a window against the forecast made for it (memory 0.4). Where d is `drift` times its median
+of the last 16 windows, the regime has changed: what all forecasters remember shrinks to `restart` of its weight, so
+that the new regime outweighs the old at once instead of after a few windows.
 
 A window may be observed in parts, in order (per-token traces, a live model): the last tokens of a window say most
 about the next one, and short memories forget within a window too. Only what was observed is used.
@@ -52,6 +56,7 @@ class Forecaster:
         self._sum: list[FloatArray | float] = [0.0] * len(self._kinds)
         self._mass: list[FloatArray | float] = [0.0] * len(self._kinds)
         self._loss: FloatArray | None = None
+        self._surprises: deque[float] = deque(maxlen=16)
         self._key: FloatArray | None = None
         self._keys: deque[FloatArray] = deque(maxlen=options.recall_windows)
         self._followed: deque[FloatArray] = deque(maxlen=options.recall_windows)
@@ -65,6 +70,9 @@ class Forecaster:
         window = parts.sum(0)
         if self.each is not None:
             self._learn(window)
+            if self._drifted(window):
+                self._sum = [total * self.options.restart for total in self._sum]
+                self._mass = [mass * self.options.restart for mass in self._mass]
         moments = {p: shares(parts) ** p for p in self.options.powers}
         # A layer without load in a part says nothing about it: neither its sum nor its mass moves.
         heard = (parts.sum(-1, keepdims=True) > 0).astype(np.float64)
@@ -110,6 +118,18 @@ class Forecaster:
         if o.recall and self._key is not None:
             self._keys.append(self._key)
             self._followed.append(shares(window) ** o.blend_power)
+
+    def _drifted(self, window: FloatArray) -> bool:
+        """Whether this window is much further from what was expected than windows are of late."""
+        assert self.each is not None
+        heard = window.sum(-1) > 0
+        if not heard.any():
+            return False
+        usual = self.each[min(2, len(self.options.memory) - 1)]
+        surprise = float(np.abs(shares(window) - usual)[heard].mean())
+        drifted = len(self._surprises) > 1 and surprise > self.options.drift * float(np.median(self._surprises))
+        self._surprises.append(surprise)
+        return drifted
 
     def _recall(self) -> FloatArray:
         """[L, E] power mean of what followed moments like this one; a mean of the short past until there are two."""

@@ -20,7 +20,10 @@ class AdaptiveOptions:
             mean; larger ones insure against the windows in which an expert was busy.
         blend_power: exponent of the power mean over forecasters.
         learning_rate: how fast weight goes to the forecasters that were right.
-        forget: what a forecaster's loss is worth one window later; below 1 it notices drift.
+        forget: what a forecaster's loss is worth one window later.
+        drift: a window that is so many times further from what was expected than the median of late is a change of
+            regime (inf: never).
+        restart: what all that was remembered is worth after such a change.
         shared: share of the loss that is taken over all layers together, the rest is the layer's own.
         recall: also forecast from what followed earlier windows that looked like the latest.
         recall_windows: windows kept for recall (the memory it takes: 2 x recall_windows x L x E floats).
@@ -36,6 +39,8 @@ class AdaptiveOptions:
     blend_power: float = 4.0
     learning_rate: float = 10.0
     forget: float = 0.6
+    drift: float = 1.5
+    restart: float = 0.1
     shared: float = 0.8
     recall: bool = True
     recall_windows: int = 256
@@ -52,6 +57,10 @@ class AdaptiveOptions:
             raise InputError(f"learning_rate must be a number from 0, got {self.learning_rate}")
         if not 0 < self.forget <= 1:
             raise InputError(f"forget must be in (0, 1], got {self.forget}")
+        if not self.drift > 0:
+            raise InputError(f"drift must be above 0 (inf: never), got {self.drift}")
+        if not 0 < self.restart <= 1:
+            raise InputError(f"restart must be in (0, 1], got {self.restart}")
         if not 0 <= self.shared <= 1:
             raise InputError(f"shared must be in [0, 1], got {self.shared}")
         if self.recall_windows < 2:
