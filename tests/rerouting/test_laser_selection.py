@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from equipoise.errors import InputError
-from equipoise.rerouting.selection import Rule, count, distribution, pools, select
+from equipoise.rerouting.prices import count, exchange, exchange_tensors
+from equipoise.rerouting.selection import Rule, distribution, pools, select
 
 
 def skewed(tokens: int, experts: int, seed: int, sharpness: float = 1.0) -> torch.Tensor:
@@ -194,3 +195,18 @@ def test_distribution_leaves_out_what_the_family_rules_out():
 def test_wrong_rules(wrong: dict[str, float]):
     with pytest.raises(InputError, match=next(iter(wrong))):
         Rule(**wrong)  # type: ignore[arg-type]
+
+
+@given(cases)
+@settings(max_examples=60, deadline=None)
+def test_the_compiled_loop_is_the_tensor_form(case: tuple[int, int, int, int, float, float]):
+    tokens, experts, k, seed, gap, mass = case
+    n = min(k, experts - 1)
+    value, expert = pools(skewed(tokens, experts, seed), n, Rule(gap=gap, mass=mass))
+    draw = torch.Generator().manual_seed(seed)
+    slots = torch.randint(1, 4, (experts,), generator=draw).float()
+    fixed = torch.randint(0, 20, (experts,), generator=draw).float()
+    mean = (fixed.sum() + tokens * n) / slots.sum()
+    loop = exchange(value, expert, n, 15, 1.0, 0.2, slots, fixed)
+    tensors = exchange_tensors(value, expert, n, 15, mean, 0.2, slots, fixed)
+    assert torch.equal(loop.sort(-1).values, tensors.sort(-1).values)

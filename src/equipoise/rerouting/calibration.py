@@ -33,7 +33,8 @@ from equipoise.evaluation.perplexity import TextResult, evaluate_text
 from equipoise.models.families import MoELayer
 from equipoise.profiling.padding import PaddingTracker
 from equipoise.rerouting.install import WINDOW, LayerRouting, installed
-from equipoise.rerouting.selection import Rule, count, select
+from equipoise.rerouting.prices import count
+from equipoise.rerouting.selection import Rule, select
 from equipoise.rerouting.thresholds import Thresholds
 from equipoise.types import FloatArray
 

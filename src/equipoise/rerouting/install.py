@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from equipoise.errors import InputError
 from equipoise.models.families import MoELayer, find_layers
 from equipoise.profiling.padding import PaddingTracker
+from equipoise.rerouting.prices import count
 from equipoise.rerouting.routers import RouterPatch, classes_of, kind_of, router_of
-from equipoise.rerouting.selection import Rule, count, distribution, select
+from equipoise.rerouting.selection import Rule, distribution, select
 from equipoise.rerouting.thresholds import Thresholds, load_laser
 from equipoise.types import IntArray
 

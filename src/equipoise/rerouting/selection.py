@@ -15,7 +15,8 @@ than `gap`. With k = 1 the one expert is what may be exchanged.
 
 Deterministic. A batch in another order gets the same decision, token by token: prices are sums over the batch, and
 equal values go to the expert that `torch.topk` names first. As the load of the whole batch counts, a prompt's
-routing looks at its later tokens too. Cost: one topk of [T, E] and `rounds` topk of [free tokens, pool].
+routing looks at its later tokens too. Cost: one topk of [T, E], and `rounds` passes over
+[free tokens, pool] (`prices`).
 
 T tokens, E experts (classes of the router), k experts a token selects, P = min(k + extra, E) places of the pool.
 """
@@ -27,12 +28,10 @@ from dataclasses import dataclass
 import torch
 
 from equipoise.errors import InputError
+from equipoise.rerouting.prices import count, exchange
 
 FIRST_STEP = 0.2
-DECAY = 0.85
-"""Of the prices, whose steps end at 5 % of the first. docs/experiments.md has the distance to the optimum."""
-HIGHEST = 2.0
-"""Price at which every token that can leave does: values are at most 1."""
+"""Of the prices, where the gap is not less."""
 
 
 @dataclass(frozen=True)
@@ -148,53 +147,10 @@ def select(
     value, expert = value[rows], expert[rows]
     # Load that no price changes: tokens that are sure, and the strongest expert of each of the others.
     fixed = own - count(expert[:, keep:k], p.shape[1])
-    pick = exchange(value[:, keep:], expert[:, keep:], k - keep, rule, slots, fixed)
+    pick = exchange(
+        value[:, keep:], expert[:, keep:], k - keep, rule.rounds, rule.target, min(rule.gap, FIRST_STEP), slots, fixed
+    )
     changed = (pick >= k - keep).any(-1)
     chosen = torch.cat([expert[:, :keep], expert[:, keep:].gather(1, pick)], 1)
     moved[rows] = changed
     return index.index_copy(0, rows, torch.where(changed[:, None], chosen, index[rows])), moved
-
-
-def exchange(
-    value: torch.Tensor, expert: torch.Tensor, n: int, rule: Rule, slots: torch.Tensor, fixed: torch.Tensor
-) -> torch.Tensor:
-    """Prices: n experts of each pool, so that the busiest slot is least.
-
-    Args:
-        value: float32 [F, P'], best first, -inf outside the pool.
-        expert: int64 [F, P'].
-        n: how many to take of each row; the first n are what the family chose.
-        rule: gap, rounds and target.
-        slots: float32 [E].
-        fixed: float32 [E], load that is not decided here.
-
-    Returns:
-        int64 [F, n], places in the pool.
-    """
-    size = len(slots)
-    per_slot = (fixed.sum() + value.shape[0] * n) / slots[slots.isfinite()].sum() * rule.target
-    best = torch.arange(n, device=value.device).expand(value.shape[0], n)
-    price = torch.zeros_like(fixed)
-    load = (fixed + count(expert[:, :n], size)) / slots / per_slot
-    least = load.max()
-    step = min(rule.gap, FIRST_STEP)
-    for _ in range(rule.rounds):
-        price = (price + step * (load - 1)).clamp(0, HIGHEST)
-        step *= DECAY
-        offer = value - price[expert]
-        pick = offer.argmax(-1, keepdim=True) if n == 1 else offer.topk(n, -1).indices
-        load = (fixed + count(expert.gather(1, pick), size)) / slots / per_slot
-        busiest = load.max()
-        best = torch.where(busiest < least, pick, best)
-        least = torch.minimum(least, busiest)
-    return best
-
-
-def count(index: torch.Tensor, size: int, real: torch.Tensor | None = None) -> torch.Tensor:
-    """Selections of each expert, float32 [size], from int64 [T, k]; rows that are not real do not count."""
-    one = torch.ones_like(index, dtype=torch.float32)
-    if real is not None:
-        one = one * real[:, None]
-    return torch.zeros(size, dtype=torch.float32, device=index.device).scatter_add_(
-        0, index.reshape(-1), one.reshape(-1)
-    )
