@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from streaming_cases import regimes
@@ -35,7 +37,7 @@ def test_a_short_memory_follows_the_last_part_of_a_window():
 
 
 def test_weight_is_with_long_memories_in_a_steady_stream_and_with_short_ones_after_a_change():
-    forecaster = Forecaster(2, AdaptiveOptions(memory=(1e-6, 1.0), powers=(1.0,), recall=False))
+    forecaster = Forecaster(2, AdaptiveOptions(memory=(1e-6, 1.0), powers=(1.0,), recall=False, drift=math.inf))
     weights = []
     size = {"tokens": 6, "experts": 12, "layers": 8}
     for window in np.concatenate([regimes([0], windows=20, **size), regimes([1], windows=3, **size)]):
@@ -91,7 +93,7 @@ def test_options_that_cannot_be_are_refused(bad, word):
 
 
 def test_after_a_change_of_regime_the_old_one_is_outweighed_at_once():
-    parts = np.concatenate([regimes([0], windows=6), regimes([1], windows=1)])
+    parts = np.concatenate([regimes([0], windows=12), regimes([1], windows=1)])
     options = {"memory": (1.0,), "powers": (1.0,), "recall": False}
     restarted, never = told(parts, **options), told(parts, drift=float("inf"), **options)
     assert (restarted.blend().argmax(1) == 3).all()

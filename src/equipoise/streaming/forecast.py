@@ -13,8 +13,8 @@ discount): where the stream changes slowly long memories win, where it is restle
 come back the recall.
 
 Drift: d = mean |n - f| of a window against the forecast made for it (memory 0.4). Where d is `drift` times its median
-of the last 16 windows, the regime has changed: what all forecasters remember shrinks to `restart` of its weight, so
-that the new regime outweighs the old at once instead of after a few windows.
+of the last 16 windows, the regime has changed: what all forecasters remember shrinks to the weight of
+`restart` windows, so that the new regime outweighs the old at once instead of after a few windows.
 
 A window may be observed in parts, in order (per-token traces, a live model): the last tokens of a window say most
 about the next one, and short memories forget within a window too. Only what was observed is used.
@@ -71,8 +71,7 @@ class Forecaster:
         if self.each is not None:
             self._learn(window)
             if self._drifted(window):
-                self._sum = [total * self.options.restart for total in self._sum]
-                self._mass = [mass * self.options.restart for mass in self._mass]
+                self._restart(self.options.restart * len(parts))
         moments = {p: shares(parts) ** p for p in self.options.powers}
         # A layer without load in a part says nothing about it: neither its sum nor its mass moves.
         heard = (parts.sum(-1, keepdims=True) > 0).astype(np.float64)
@@ -130,6 +129,12 @@ class Forecaster:
         drifted = len(self._surprises) > 1 and surprise > self.options.drift * float(np.median(self._surprises))
         self._surprises.append(surprise)
         return drifted
+
+    def _restart(self, most: float) -> None:
+        """Let all that is remembered weigh at most `most` parts."""
+        left = [np.minimum(1.0, most / np.maximum(mass, most)) for mass in self._mass]
+        self._sum = [total * part for total, part in zip(self._sum, left, strict=True)]
+        self._mass = [mass * part for mass, part in zip(self._mass, left, strict=True)]
 
     def _recall(self) -> FloatArray:
         """[L, E] power mean of what followed moments like this one; a mean of the short past until there are two."""

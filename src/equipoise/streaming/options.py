@@ -23,7 +23,7 @@ class AdaptiveOptions:
         forget: what a forecaster's loss is worth one window later.
         drift: a window that is so many times further from what was expected than the median of late is a change of
             regime (inf: never).
-        restart: what all that was remembered is worth after such a change.
+        restart: windows that all that was remembered weighs, at most, after such a change.
         shared: share of the loss that is taken over all layers together, the rest is the layer's own.
         recall: also forecast from what followed earlier windows that looked like the latest.
         recall_windows: windows kept for recall (the memory it takes: 2 x recall_windows x L x E floats).
@@ -40,7 +40,7 @@ class AdaptiveOptions:
     learning_rate: float = 10.0
     forget: float = 0.6
     drift: float = 1.5
-    restart: float = 0.1
+    restart: float = 0.2
     shared: float = 0.8
     recall: bool = True
     recall_windows: int = 256
