@@ -93,7 +93,7 @@ def _exchange(
     fixed: np.ndarray,
     n: int,
     rounds: int,
-    per_slot: float,
+    per_slot: np.float32,
     first: float,
 ) -> np.ndarray:
     """`exchange` as loops: the same arithmetic in the same order, without the overhead of a tensor operation."""
