@@ -178,7 +178,7 @@ JUNK = st.one_of(
     st.just([]),
     st.just({}),
     st.just([[0, "original", 0]]),
-)
+).map(copy.deepcopy)  # each draw its own list: one list in two places could come to hold itself
 
 
 def independently_valid(document: Any) -> bool:

@@ -53,9 +53,7 @@ def read_texts(paths: Iterable[str | Path]) -> list[TextRecord]:
             if text.strip():
                 records.append(TextRecord(text, stem))
         else:
-            records.extend(
-                _record(row, f"data file {path}, line {number}", stem) for number, row in read_rows(path)
-            )
+            records.extend(_record(row, f"data file {path}, line {number}", stem) for number, row in read_rows(path))
             # A document of white space has nothing to predict; it would only put two separators side by side.
             records[before:] = [record for record in records[before:] if record.text.strip()]
         if len(records) == before:
@@ -123,7 +121,5 @@ def _record(row: Any, where: str, stem: str) -> TextRecord:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # "\ud800" is JSON, but no character
-        raise InputError(
-            f"{where}: field 'text' holds half a surrogate pair at character {error.start}"
-        ) from error
+        raise InputError(f"{where}: field 'text' holds half a surrogate pair at character {error.start}") from error
     return TextRecord(text, stem if domain is None else domain)
