@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ def draw(result: Replay, path: Path, title: str, names: tuple[tuple[int, str], .
         names: (window at which a trace begins, its name).
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     figure = Figure(figsize=(9, 6), dpi=140, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -47,18 +49,27 @@ def draw(result: Replay, path: Path, title: str, names: tuple[tuple[int, str], .
         for axes in (above, below):
             axes.axvline(start, color="#cccccc", lw=0.8, zorder=0)
         above.annotate(
-            name, (start, 1), xycoords=("data", "axes fraction"), fontsize=6, color="#777777", rotation=90, va="top"
+            name,
+            (start, 1),
+            xycoords=("data", "axes fraction"),
+            fontsize=6,
+            color="#777777",
+            rotation=90,
+            va="top",
+            ha="right",
         )
-    above.set_title(title, fontsize=10, loc="left")
+    above.set_title(textwrap.fill(title, 100), fontsize=9, loc="left")
     above.set_ylabel("LIS (1 is perfect balance)")
     # Raw is often many times the rest, which would lie flat on a linear axis.
     if max(means.values()) > 3 * min(means.values()):
         above.set_yscale("log")
+        above.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        above.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     below.set_ylabel("slots moved so far")
     below.set_xlabel("step (the first window only places)")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, frameon=False, ncols=3)
+            axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     with atomic_file(path) as partial, partial.open("wb") as handle:
         figure.savefig(handle, format="png")
