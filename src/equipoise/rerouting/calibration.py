@@ -178,7 +178,7 @@ def calibrate(
     # From "balance at any price" to a price at which only what is nearly free moves, evenly in the logarithm.
     low, high = -1.0, 4.0
     best, result = none, before
-    tries = [low, *[None] * STEPS]
+    tries = [low, *[None] * STEPS] if max_loss_increase > 0 else []
     for mark in track(tries, len(tries), "thresholds") if track else tries:
         at = (low + high) / 2 if mark is None else mark
         rules = thresholds(10**at)
