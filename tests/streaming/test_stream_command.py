@@ -78,6 +78,13 @@ def test_sizes_make_the_bytes(tmp_path, capsys):
         assert line["moved_bytes"]["short"] == factor * line["moves"]["short"] > 0
 
 
+def test_no_share_no_moves(tmp_path, capsys):
+    path = series_trace(tmp_path / "s.npz")
+    for share, moved in (("0", False), ("1", True)):
+        assert run(["stream", "--trace", str(path), "--replicas", "2", "--follow-share", share]) == 0
+        assert bool(last(capsys)["moves"]["adaptive"]) is moved
+
+
 def test_wrong_input_is_one_line_and_two(tmp_path, capsys, ids_trace):
     path, _ = ids_trace
     steps = series_trace(tmp_path / "s.npz")
@@ -96,6 +103,7 @@ def test_wrong_input_is_one_line_and_two(tmp_path, capsys, ids_trace):
         (["--trace", str(steps), "--out", "results.txt"], ".json"),
         (["--trace", str(steps), "--expert-bytes", "0"], "expert-bytes"),
         (["--trace", str(steps), "--move-bytes", "-1"], "move_bytes"),
+        (["--trace", str(steps), "--follow-share", "nan"], "follow_share"),
     ]
     for arguments, word in cases:
         assert run(["stream", *arguments, "--replicas", "2"]) == 2

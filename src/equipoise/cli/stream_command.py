@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from equipoise.cli import console
+from equipoise.streaming.options import AdaptiveOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
 @click.option("--window", type=int, metavar="W", help="Tokens a step, for traces of per-token ids.  [default: 512]")
 @click.option("--replicas", type=int, required=True, metavar="R", help="Spare slots of each layer.")
 @click.option("--policies", metavar="A,B", help="Which policies, separated by commas.  [default: all]")
+@click.option(
+    "--follow-share",
+    type=float,
+    default=AdaptiveOptions.follow_share,
+    show_default=True,
+    metavar="S",
+    help="adaptive: over the stream, move at most this share of what short would have moved.",
+)
 @click.option("--move-bytes", type=int, metavar="N", help="adaptive: move at most so many bytes a step.")
 @click.option(
     "--expert-bytes", type=int, metavar="N", help="Bytes of one expert, for traces that carry no sizes.  [default: 1]"
@@ -40,6 +49,7 @@ def command(
     window: int | None,
     replicas: int,
     policies: str | None,
+    follow_share: float,
     move_bytes: int | None,
     expert_bytes: int | None,
     out: Path | None,
@@ -62,9 +72,10 @@ def command(
 
     from equipoise.errors import InputError
     from equipoise.files.atomic import atomic_file, require_destination
-    from equipoise.streaming import POLICIES, AdaptiveOptions, Replay, load_stream, replay
+    from equipoise.streaming import POLICIES, Replay, load_stream, replay
     from equipoise.streaming.picture import draw
 
+    options = AdaptiveOptions(follow_share=follow_share, move_bytes=move_bytes)
     names = POLICIES if policies is None else tuple(dict.fromkeys(n.strip() for n in policies.split(",")))
     picture = None
     if out is not None:
@@ -82,7 +93,7 @@ def command(
             raise InputError(f"expert-bytes must be from 1 to a tebibyte, got {expert_bytes}")
         sizes = np.full(stream.parts.shape[2:], expert_bytes, dtype=np.int64)
     result = Replay(names)
-    _run(result, replay(stream.parts, replicas, names, AdaptiveOptions(move_bytes=move_bytes), sizes),
+    _run(result, replay(stream.parts, replicas, names, options, sizes),
          len(stream.parts) - 1)  # fmt: skip
     lis, moves, moved = result.lis(), result.moves(), result.moved_bytes()
     title = f"{' + '.join(name for _, name in stream.names)}, {replicas} replicas a layer"
