@@ -32,7 +32,7 @@ from pictures import draw_redundancy, draw_sizes
 from equipoise.cli import console
 from equipoise.errors import InputError
 from equipoise.planning import plan
-from equipoise.planning.placement import place_grouped, place_layer
+from equipoise.planning.placement import place_grouped, place_layer, place_total
 from equipoise.planning.robust import placement_load, shrink, windows_of
 from equipoise.scoring import score
 from equipoise.types import Profile
@@ -57,7 +57,7 @@ def ranks_of_trace(case: Case, step: int) -> list[dict]:
             tables = rebalance(counts[::step], slots, 1, 1, ranks)[0].reshape(len(layers), ranks, -1)
             eplb_time = time.perf_counter() - began
             began = time.perf_counter()
-            total = [place_layer(counts[i], slots, ranks).table for i in layers]
+            total = list(place_total(counts[::step], slots, ranks)[0])
             our_time = time.perf_counter() - began
             began = time.perf_counter()
             robust = [place_layer(placement_load(shrink(windows[:, i])), slots, ranks).table for i in layers]
@@ -108,7 +108,7 @@ def experts_of_trace(case: Case) -> dict:
     return row
 
 
-def timings(repeats: int = 5) -> dict:
+def timings(repeats: int = 11) -> dict:
     """58 layers x 256 experts -> 288 slots on 32 ranks; median of runs."""
     load = np.random.default_rng(0).lognormal(size=(58, 256))
     out: dict = {}
@@ -121,8 +121,8 @@ def timings(repeats: int = 5) -> dict:
             taken.append(time.perf_counter() - began)
         return float(np.median(taken))
 
-    out["global_ours"] = median(lambda: [place_layer(n, 288, 32) for n in load], repeats)
-    out["hierarchical_ours"] = median(lambda: [place_grouped(n, 288, 32, 4, 8) for n in load], repeats)
+    out["global_ours"] = median(lambda: place_total(load, 288, 32), repeats)
+    out["hierarchical_ours"] = median(lambda: place_total(load, 288, 32, nodes=4, groups=8), repeats)
     for name, groups, nodes in (("global", 1, 1), ("hierarchical", 8, 4)):
         out[f"{name}_eplb_plain_numbers"] = median(lambda g=groups, n=nodes: rebalance(load, 288, g, n, 32), 3)
         out[f"{name}_eplb"] = median(lambda g=groups, n=nodes: rebalance(load, 288, g, n, 32, tensors=True), 1)
@@ -141,7 +141,7 @@ def sizes(quick: bool) -> list[dict]:
             slots = experts + experts // 8 if (experts + experts // 8) % ranks == 0 else 2 * ranks * (experts // ranks)
             load = rng.lognormal(size=(layers, experts))
             began = time.perf_counter()
-            found = [place_layer(n, slots, ranks).imbalance for n in load]
+            found = place_total(load, slots, ranks)[2]
             taken = time.perf_counter() - began
             work = layers * slots * np.log2(slots)
             rows.append(
@@ -181,7 +181,8 @@ def summary(rows: list[dict]) -> dict:
 
 def warm_up() -> None:
     """Compile, or read from the cache, everything that is timed."""
-    place_layer(np.arange(12.0), 16, 8)
+    place_total(np.arange(24.0).reshape(2, 12), 16, 8)
+    place_total(np.arange(24.0).reshape(2, 12), 16, 8, nodes=2, groups=4)
     place_layer(np.ones((2, 12)), 14, 4)
     place_grouped(np.arange(12.0), 16, 8, 2, 4)
     plan(Profile(np.arange(1, 25).reshape(2, 12), np.arange(2), {}))

@@ -1,5 +1,6 @@
 import importlib.util
 import itertools
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from equipoise.errors import InputError
 from equipoise.metrics import max_over_mean
 from equipoise.planning.churn import moved_slots, rename, stay
 from equipoise.planning.packing import holdings
-from equipoise.planning.placement import place_grouped, place_layer, rank_bound
+from equipoise.planning.placement import place_grouped, place_layer, place_total, rank_bound
 from equipoise.planning.shares import best_shares
 from equipoise.types import LayerPlan, Slot
 
@@ -201,3 +202,49 @@ def test_a_small_change_of_load_moves_few_slots_and_stays_balanced():
 def test_deterministic():
     load = np.random.default_rng(3).lognormal(size=(3, 40))
     assert np.array_equal(place_layer(load, 48, 8).table, place_layer(load, 48, 8).table)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 8, 16]), st.booleans())
+def test_all_layers_in_one_call_are_the_layers_one_by_one(seed, spare, on_nodes):
+    load = np.random.default_rng(seed).lognormal(sigma=1.5, size=(3, 16))
+    load[1] = 0
+    nodes, groups = (2, 4) if on_nodes else (1, 1)
+    tables, counts, tops = place_total(load, 16 + spare, 8, nodes=nodes, groups=groups)
+    for n, table, r, top in zip(load, tables, counts, tops, strict=True):
+        one = place_grouped(n, 16 + spare, 8, 2, 4) if on_nodes else place_layer(n, 16 + spare, 8)
+        assert np.array_equal(one.table, table)
+        assert np.array_equal(one.replicas, r)
+        assert one.imbalance == pytest.approx(top)
+        assert top == pytest.approx(imbalance(table, n))
+
+
+def test_nodes_are_never_worse_than_eplb_on_nodes():
+    load = np.random.default_rng(5).lognormal(size=(12, 64))
+    theirs, _ = eplb.rebalance(load, 96, 8, 4, 16)
+    ours, _, _ = place_total(load, 96, 16, nodes=4, groups=8)
+    for n, a, b in zip(load, ours, theirs.reshape(12, 16, -1), strict=True):
+        assert imbalance(a, n) <= imbalance(b, n) * 1.001
+
+
+def test_a_total_that_cannot_be_placed_is_refused():
+    with pytest.raises(InputError, match="15 slots are too few for 16 experts"):
+        place_total(np.ones((2, 16)), 15, 4)
+    with pytest.raises(InputError, match="16 experts cannot be divided by 5"):
+        place_total(np.ones((2, 16)), 16, 4, nodes=2, groups=5)
+
+
+def test_time_a_swap_does_not_grow_with_the_ranks():
+    # The same load a rank on 64 and on 512 ranks: sorting and scanning all ranks for each swap would be 8 times a slot.
+    rng = np.random.default_rng(6)
+    taken = []
+    for ranks in (64, 512):
+        load = rng.lognormal(size=(4, 2 * ranks))
+        place_total(load[:1], 4 * ranks, ranks)
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            place_total(load, 4 * ranks, ranks)
+            times.append(time.perf_counter() - began)
+        taken.append(min(times) / (4 * ranks * np.log2(4 * ranks)))
+    assert taken[1] < 4 * taken[0]

@@ -6,7 +6,8 @@ ranks differ by one slot at most and a move into an empty place is a swap like a
 once: a second copy there would balance nothing.
 
 Legend: G ranks, C places of a rank, E experts, x and y the experts to be swapped, a the busiest rank.
-Cost: O(S log S) to pack, O(C^2 K + G) a swap with K the ranks looked at. Compiled.
+Cost: O(S log S) to pack; a swap O(C^2 K + log G) with K the ranks looked at. Nothing of the size G x E is kept:
+whether a rank holds an expert is read from its C places, and only for experts with several slots. Compiled.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ PARTNERS = 64
 """With more ranks than this, the busiest looks for a partner among so many of the least loaded."""
 
 _STALE = 8
-"""Swaps after which the partners are chosen afresh."""
+"""Swaps after which the partners are chosen afresh; with many ranks a `_STALE_SHARE` of them, so that sorting the
+ranks costs O(log G) a swap."""
+
+_STALE_SHARE = 16
 
 
 @compiled
@@ -43,6 +47,25 @@ def holdings(table: IntArray, experts: int) -> IntArray:
         for j in range(table.shape[1]):
             on[g, table[g, j]] += 1
     return on
+
+
+@compiled
+def holds(table: IntArray, rank: int, expert: int) -> bool:
+    """Whether the rank has a slot of the expert (or dummy)."""
+    found = False
+    for j in range(table.shape[1]):
+        found = found or table[rank, j] == expert
+    return found
+
+
+@compiled
+def slots_of(table: IntArray, experts: int) -> IntArray:
+    """Slots of each expert, and how many dummies there are: int64 [E + 1]."""
+    out = np.zeros(experts + 1, dtype=np.int64)
+    for g in range(table.shape[0]):
+        for j in range(table.shape[1]):
+            out[table[g, j]] += 1
+    return out
 
 
 @compiled
@@ -69,13 +92,11 @@ def pack(value: FloatArray, replicas: IntArray, ranks: int) -> IntArray:
     table = np.full((ranks, places), -1, dtype=np.int64)
     used = np.zeros(ranks, dtype=np.int64)
     load = np.zeros(ranks)
-    on = np.zeros((ranks, experts + 1), dtype=np.int64)
     # Dummies first: they decide which ranks have one slot less, and the heaviest slots then go there.
     for i in range(ranks * places - at):
         g = ranks - 1 - i
         table[g, 0] = experts
         used[g] = 1
-        on[g, experts] = 1
     heap = [(0.0, g) for g in range(ranks) if used[g] < places]
     passed = [(0.0, 0) for _ in range(0)]
     for i in range(at):
@@ -83,7 +104,7 @@ def pack(value: FloatArray, replicas: IntArray, ranks: int) -> IntArray:
         best = -1
         while len(heap) > 0:
             top = heapq.heappop(heap)
-            if on[top[1], e] == 0:
+            if replicas[e] == 1 or not holds(table, top[1], e):
                 best = top[1]
                 break
             passed.append(top)
@@ -94,7 +115,6 @@ def pack(value: FloatArray, replicas: IntArray, ranks: int) -> IntArray:
             heapq.heappush(heap, passed.pop())
         table[best, used[best]] = e
         used[best] += 1
-        on[best, e] += 1
         load[best] += value[e]
         if used[best] < places:
             heapq.heappush(heap, (load[best], best))
@@ -105,21 +125,26 @@ def pack(value: FloatArray, replicas: IntArray, ranks: int) -> IntArray:
 def separate(table: IntArray, value: FloatArray, experts: int) -> int:
     """Swap second copies of an expert off its rank where that is possible; returns how many are left."""
     ranks, places = table.shape
-    on = holdings(table, experts)
+    count = slots_of(table, experts)
     load = rank_sums(table, value)
     left = 0
     for a in range(ranks):
         for j in range(places):
             x = table[a, j]
-            if on[a, x] < 2:
+            if count[x] < 2:
+                continue
+            here = 0
+            for k in range(places):
+                here += table[a, k] == x
+            if here < 2:
                 continue
             best, at_b, at_k = np.inf, -1, -1
             for b in range(ranks):
-                if b == a or on[b, x] > 0:
+                if b == a or holds(table, b, x):
                     continue
                 for k in range(places):
                     y = table[b, k]
-                    if on[a, y] > 0:
+                    if count[y] > 1 and holds(table, a, y):
                         continue
                     d = value[x] - value[y]
                     top = max(load[a] - d, load[b] + d)
@@ -128,19 +153,15 @@ def separate(table: IntArray, value: FloatArray, experts: int) -> int:
             if at_b < 0:
                 left += 1
                 continue
-            _swap(table, on, load, value, a, j, at_b, at_k)
+            _swap(table, load, value, a, j, at_b, at_k)
     return left
 
 
 @compiled
-def _swap(table: IntArray, on: IntArray, load: FloatArray, value: FloatArray, a: int, j: int, b: int, k: int) -> None:
+def _swap(table: IntArray, load: FloatArray, value: FloatArray, a: int, j: int, b: int, k: int) -> None:
     """Exchange place j of rank a with place k of rank b."""
     x, y = table[a, j], table[b, k]
     table[a, j], table[b, k] = y, x
-    on[a, x] -= 1
-    on[a, y] += 1
-    on[b, y] -= 1
-    on[b, x] += 1
     load[a] += value[y] - value[x]
     load[b] += value[x] - value[y]
 
@@ -160,37 +181,54 @@ def swap_down(table: IntArray, value: FloatArray, experts: int, target: float, m
         Load of the busiest rank.
     """
     ranks, places = table.shape
-    on = holdings(table, experts)
     load = rank_sums(table, value)
+    if load.max() <= target:
+        return load.max()
+    count = slots_of(table, experts)
     many = min(PARTNERS, ranks)
-    partners = np.arange(ranks)
-    for step in range(most):
-        a = int(load.argmax())
+    stale = max(_STALE, ranks // _STALE_SHARE)
+    # The busiest rank is the top of a heap of (-load, rank); entries whose load has changed since are dropped.
+    heap = [(-load[g], g) for g in range(ranks)]
+    heapq.heapify(heap)
+    partners = np.argsort(load, kind="mergesort")
+    since = 0
+    for _ in range(most):
+        while -heap[0][0] != load[heap[0][1]]:
+            heapq.heappop(heap)
+        a = heap[0][1]
         high = load[a]
         if high <= target:
             break
-        if ranks > many and step % _STALE == 0:
+        if since >= stale:
             partners = np.argsort(load, kind="mergesort")
+            since = 0
         # A swap must lower the pair by more than rounding, or it could go on for ever.
         best, at_j, at_b, at_k = high * (1 - 1e-12), -1, -1, -1
-        for j in range(places):
-            x = table[a, j]
-            for i in range(many):
-                b = partners[i]
-                # The best this rank can do is to meet the other half way.
-                if b == a or on[b, x] > 0 or (high + load[b]) * 0.5 >= best:
+        for i in range(many):
+            b = partners[i]
+            low = load[b]
+            # The best this rank can do is to meet the other half way.
+            if b == a or (high + low) * 0.5 >= best:
+                continue
+            for j in range(places):
+                x = table[a, j]
+                if count[x] > 1 and holds(table, b, x):
                     continue
                 for k in range(places):
-                    d = value[x] - value[table[b, k]]
-                    if d <= 0.0 or load[b] + d >= best or high - d >= best:
+                    y = table[b, k]
+                    d = value[x] - value[y]
+                    if d <= 0.0 or low + d >= best or high - d >= best:
                         continue
-                    if on[a, table[b, k]] == 0:
-                        best, at_j, at_b, at_k = max(load[b] + d, high - d), j, b, k
+                    if count[y] == 1 or not holds(table, a, y):
+                        best, at_j, at_b, at_k = max(low + d, high - d), j, b, k
         if at_j < 0:
             if many == ranks:
                 break
             many = ranks  # none among the least loaded: look at all, once
             continue
         many = min(PARTNERS, ranks)
-        _swap(table, on, load, value, a, at_j, at_b, at_k)
+        _swap(table, load, value, a, at_j, at_b, at_k)
+        heapq.heappush(heap, (-load[a], a))
+        heapq.heappush(heap, (-load[at_b], at_b))
+        since += 1
     return rank_sums(table, value).max()

@@ -20,21 +20,21 @@ import numpy as np
 
 from equipoise.errors import InputError
 from equipoise.planning.packing import pack, separate, swap_down
-from equipoise.planning.replicas import replica_counts, water_fill
 from equipoise.planning.search import iterate, objective, window_loads
+from equipoise.planning.total import (
+    GROUP_KICKS,
+    KICK_TOLERANCE,
+    SQUARINGS,
+    TOLERANCE,
+    WORK,
+    bound_of,
+    every,
+    fill_counts,
+    grouped,
+    one,
+    scaled_load,
+)
 from equipoise.types import FloatArray, IntArray
-
-TOLERANCE = 1e-3
-"""A layout this close to the bound is left alone: a thousandth is far below the noise of any stream."""
-
-SQUARINGS = 4
-"""The search's potential is a sum of 16th powers."""
-
-KICK_TOLERANCE = 3e-3
-"""Disturbed copies are tried only for a layout farther from the bound than this."""
-
-WORK = 50_000
-"""Disturbed copies tried are this divided by W S C, the size of a step of the search, at least 2."""
 
 
 @dataclass(frozen=True)
@@ -72,27 +72,35 @@ def rank_bound(load: FloatArray, slots: int, ranks: int) -> float:
         slots: E + R.
         ranks: G.
     """
-    total = float(np.sum(load))
-    if total == 0:
-        return 1.0
-    spare = slots - len(load)
-    _, level = water_fill(load, spare, max(1, ranks))
-    level = np.append(level, np.full(spare + 1 - len(level), level[-1]))
-    beside = np.sort(load)[: max(0, min(slots // ranks, len(load)) - 1)].astype(np.float64)
-    light = np.append(0.0, np.cumsum(_relief(beside, spare)))
-    k = np.arange(spare + 1)
-    least = level[::-1][k] + np.maximum(beside.sum() - light[k], 0.0)
-    least[1:] = np.minimum(least[1:], level[spare] + level[::-1][k[1:]] / (k[1:] + 1))
-    return max(1.0, float(max(least.min(), level[spare])) * ranks / total)
+    return float(bound_of(np.ascontiguousarray(load, dtype=np.float64), slots, max(1, ranks)))
 
 
-def _relief(load: FloatArray, spare: int) -> FloatArray:
-    """How much the sum of single slots of these experts falls with each of `spare` replicas, largest falls first."""
-    if not len(load):
-        return np.zeros(spare)
-    r = np.arange(1, spare + 1)
-    falls = (load[:, None] / (r * (r + 1))).ravel()
-    return -np.sort(-falls)[:spare]
+def place_total(
+    load: FloatArray, slots: int, ranks: int, *, nodes: int = 1, groups: int = 1, seed: int = 0
+) -> tuple[IntArray, IntArray, FloatArray]:
+    """Place all layers of a model by their total load, in one compiled call.
+
+    Args:
+        load: [L, E] tokens.
+        slots: E + R slots of a layer on all ranks together.
+        ranks: G.
+        nodes: N; with several, every group of experts is kept on one node (`place_grouped`).
+        groups: of experts.
+        seed: as in `place_layer`.
+
+    Returns:
+        Layouts int64 [L, G, C] (E stands for an empty place), slots of each expert int64 [L, E], and rank imbalance
+        [L]: what `place_layer`, or `place_grouped`, gives layer by layer.
+
+    Raises:
+        InputError: fewer slots than experts, or parts that cannot be divided evenly.
+    """
+    rows = np.ascontiguousarray(load, dtype=np.float64)
+    if slots < rows.shape[1]:
+        raise InputError(f"{slots} slots are too few for {rows.shape[1]} experts")
+    if nodes > 1:
+        _require_divisible(rows.shape[1], slots, ranks, nodes, groups)
+    return every(rows, slots, ranks, nodes, groups, TOLERANCE, seed)
 
 
 def place_layer(
@@ -131,28 +139,24 @@ def place_layer(
     if slots < experts:
         raise InputError(f"{slots} slots are too few for {experts} experts")
     scaled = per_window(windows, ranks)
-    pooled = np.ascontiguousarray(scaled.mean(0))
-    replicas = replica_counts(pooled, slots - experts, ranks) if start is None else start.astype(np.int64)
+    # One busy window (the others are empty): divided as the kernel divides, so that it gives the same to the last bit.
+    pooled = scaled_load(windows.sum(0), ranks) if len(scaled) == 1 else np.ascontiguousarray(scaled.mean(0))
+    replicas = fill_counts(pooled, slots, ranks) if start is None else start.astype(np.int64)
     if replicas.sum() < slots:  # more slots than experts times ranks: some must stand on a rank twice
-        replicas = replica_counts(pooled, slots - experts)
+        replicas = fill_counts(pooled, slots, ranks)
+    if len(scaled) == 1:
+        table, replicas, top = one(pooled, replicas, ranks, transfers, tolerance, at_least, most_kicks, seed)
+        return Layout(table, replicas, float(top) if windows.any() else 1.0)
     each = np.append(pooled / replicas, 0.0)
     table = pack(each, replicas, ranks)
     separate(table, each, experts)
-    # Swaps are cheap, so they go on for longer than makes a search worth while.
-    bound, fine = max(1.0, at_least), 1 + 0.01 * tolerance
-    top = swap_down(table, each, experts, bound * fine, 10 * slots)
-    if len(scaled) == 1 and top <= bound * (1 + tolerance):
-        return Layout(table, replicas, top if windows.any() else 1.0)
+    swap_down(table, each, experts, max(1.0, at_least) * (1 + 0.01 * tolerance), 10 * slots)
     bound = max(rank_bound(pooled, slots, ranks), at_least)
     counted = np.append(replicas, 1)
     columns = np.ascontiguousarray(np.vstack([scaled.T, np.zeros(len(scaled))]))
-    if len(scaled) > 1 or top > bound * (1 + tolerance):
-        kicks = int(np.clip(WORK // (len(scaled) * slots * table.shape[1]), 2, most_kicks))
-        near = bound * (1 + max(tolerance, KICK_TOLERANCE))
-        top = float(iterate(table, counted, columns, SQUARINGS, transfers, kicks, near, seed + 1))
-        if len(scaled) == 1:
-            each = np.append(pooled / counted[:-1], 0.0)
-            top = swap_down(table, each, experts, bound * fine, 10 * slots)
+    kicks = int(np.clip(WORK // (len(scaled) * slots * table.shape[1]), 2, most_kicks))
+    near = bound * (1 + max(tolerance, KICK_TOLERANCE))
+    top = float(iterate(table, counted, columns, SQUARINGS, transfers, kicks, near, seed + 1))
     return Layout(table, counted[:-1], top if windows.any() else 1.0)
 
 
@@ -199,17 +203,17 @@ def place_grouped(
     """
     windows = np.atleast_2d(np.asarray(load, dtype=np.float64))
     experts = windows.shape[1]
-    for what, number, parts in (
-        ("experts", experts, groups),
-        ("groups", groups, nodes),
-        ("slots", slots, nodes),
-        ("ranks", ranks, nodes),
-    ):
-        if number % parts:
-            raise InputError(f"group-limited placement: {number} {what} cannot be divided by {parts}")
+    _require_divisible(experts, slots, ranks, nodes, groups)
+    if slots < experts:
+        raise InputError(f"{slots} slots are too few for {experts} experts")
+    if len(windows) == 1:
+        row = np.ascontiguousarray(windows[0])
+        return Layout(*grouped(row, slots, ranks, nodes, groups, transfers, tolerance, seed))
     size = experts // groups
     of_group = windows.reshape(len(windows), groups, size).sum(2)
-    spread = place_layer(of_group, groups, nodes, transfers=False, tolerance=tolerance, most_kicks=8, seed=seed)
+    spread = place_layer(
+        of_group, groups, nodes, transfers=False, tolerance=tolerance, most_kicks=GROUP_KICKS, seed=seed
+    )
     table = np.empty((ranks, -(-slots // ranks)), dtype=np.int64)
     replicas = np.empty(experts, dtype=np.int64)
     here = ranks // nodes
@@ -232,3 +236,15 @@ def place_grouped(
     columns = np.ascontiguousarray(np.vstack([scaled.T, np.zeros(len(scaled))]))
     top = float(objective(window_loads(table, columns, np.append(replicas, 1))))
     return Layout(table, replicas, top if windows.any() else 1.0)
+
+
+def _require_divisible(experts: int, slots: int, ranks: int, nodes: int, groups: int) -> None:
+    """Refuse parts that cannot be divided evenly over groups and nodes."""
+    for what, number, parts in (
+        ("experts", experts, groups),
+        ("groups", groups, nodes),
+        ("slots", slots, nodes),
+        ("ranks", ranks, nodes),
+    ):
+        if number % parts:
+            raise InputError(f"group-limited placement: {number} {what} cannot be divided by {parts}")
