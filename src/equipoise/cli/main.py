@@ -102,4 +102,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 def main() -> None:
     """Console script."""
+    # Threads that wait by spinning take the core from the one that works wherever cores are shared: a run of the
+    # demo model took four times as long so (docs/experiments.md). Must be set before torch loads its OpenMP.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run())
