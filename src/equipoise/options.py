@@ -35,7 +35,7 @@ class ProfileOptions:
     max_tokens: int = 0
     fraction: float = 1.0
     windows: int = 64
-    importance_tokens: int = 4096
+    importance_tokens: int = 2048
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "windows"):
