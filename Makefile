@@ -20,7 +20,8 @@ demo: $(VENV)/.installed
 	$(BIN)/equipoise balance --out demo-run --force
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	# One worker a core, one thread a worker: with more, waiting threads take the cores from each other.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
