@@ -15,10 +15,11 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from equipoise.errors import InputError
 from equipoise.files.atomic import atomic_file
+from equipoise.files.documents import validated
 from equipoise.types import PRECISIONS, Budget, LayerPlan, ModelIdentity, Plan, Precision, Slot
 
 FORMAT = "equipoise-plan"
@@ -100,19 +101,7 @@ def plan_from_json(document: Any) -> Plan:
     Raises:
         InputError: naming the key and what is wrong with it.
     """
-    if not isinstance(document, dict):
-        raise InputError("a plan is a JSON object")
-    if document.get("format") != FORMAT:
-        raise InputError(f"format is {document.get('format')!r}, not {FORMAT!r}; make one with `equipoise plan`")
-    if document.get("version") != VERSION:
-        raise InputError(f"version {document.get('version')!r} is not readable by this release (it reads {VERSION})")
-    try:
-        raw = _Plan.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        kind = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
-        raise InputError(f"{where}: {kind}") from error
+    raw = validated(_Plan, document, what="a plan is", format=FORMAT, version=VERSION, command="equipoise plan")
     return check_plan(
         Plan(
             model=ModelIdentity(**raw.model.model_dump()),

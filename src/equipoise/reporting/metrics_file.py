@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from equipoise import metrics as measures
 from equipoise.errors import InputError
 from equipoise.files.atomic import atomic_file
+from equipoise.files.documents import validated
 
 FORMAT = "equipoise-metrics"
 VERSION = 1
@@ -196,19 +197,9 @@ def metrics_from_json(document: Any) -> Metrics:
     Raises:
         InputError: naming the key and what is wrong with it.
     """
-    if not isinstance(document, dict):
-        raise InputError("metrics are a JSON object")
-    if document.get("format") != FORMAT:
-        raise InputError(f"format is {document.get('format')!r}, not {FORMAT!r}; make one with `equipoise balance`")
-    if document.get("version") != VERSION:
-        raise InputError(f"version {document.get('version')!r} is not readable by this release (it reads {VERSION})")
-    try:
-        found = Metrics.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        kind = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
-        raise InputError(f"{where}: {kind}") from error
+    found = validated(
+        Metrics, document, what="metrics are", format=FORMAT, version=VERSION, command="equipoise balance"
+    )
     return check_metrics(found)
 
 
