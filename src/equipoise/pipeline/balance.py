@@ -105,8 +105,7 @@ def balance(
     empty_model(source)
     split = _split(source, data, heldout, options, profile_options, plan_options)
 
-    loaded = load_model(source.name)
-    network = loaded.model
+    network = load_model(source.name, tokenizer=False).model
     seq_len, rows = profile_options.seq_len, profile_options.batch_size
     chosen = thin(split.calibration, seq_len, fraction=profile_options.fraction, max_tokens=profile_options.max_tokens)
     calibration = batches(chosen, rows, network.config)
@@ -119,7 +118,7 @@ def balance(
     after = run_heldout(network, scored, track, "evaluating the balanced")
     bytes_after = expert_bytes(network)
     logits = logits_of(network, scored[0])
-    del network, loaded
+    del network
     gc.collect()
 
     with atomic_directory(out, force) as partial:
