@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from equipoise.checks import at_least, one_of
 from equipoise.errors import InputError
 
 Preset = Literal["joint", "paper"]
 ImportanceName = Literal["error", "wanda", "frequency", "random"]
 Strategy = Literal["rq", "quantize-only", "random", "quantize-heavy", "quantize-all"]
-
-
-def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{what}: {value!r} is not one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -39,11 +35,9 @@ class ProfileOptions:
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "windows"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            at_least(name, getattr(self, name), 1)
         for name in ("max_tokens", "importance_tokens"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+            at_least(name, getattr(self, name), 0)
         if not 0 < self.fraction <= 1:
             raise InputError(f"fraction must be in (0, 1], got {self.fraction}")
 
@@ -98,37 +92,34 @@ class PlanOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("preset", self.preset, get_args(Preset))
-        _one_of("strategy", self.strategy, get_args(Strategy))
+        one_of("preset", self.preset, get_args(Preset))
+        one_of("strategy", self.strategy, get_args(Strategy))
         if self.importance is not None:
-            _one_of("importance", self.importance, get_args(ImportanceName))
+            one_of("importance", self.importance, get_args(ImportanceName))
         if self.low_precision is not None:
-            _one_of("low precision", self.low_precision, ("int8", "float16"))
+            one_of("low precision", self.low_precision, ("int8", "float16"))
         if self.budget is not None and not 0 < self.budget < 1000:
             raise InputError(
                 f"budget is a multiple of the original expert bytes and must be above 0, got {self.budget}"
             )
         if not 0 <= self.max_quantized <= 1:
             raise InputError(f"max-quantized is a share of a layer's experts in [0, 1], got {self.max_quantized}")
-        if self.replicas is not None and self.replicas < 0:
-            raise InputError(f"replicas must not be negative, got {self.replicas}")
-        if self.expert_bytes is not None and self.expert_bytes < 1:
-            raise InputError(f"expert-bytes must be at least 1, got {self.expert_bytes}")
+        if self.replicas is not None:
+            at_least("replicas", self.replicas, 0)
+        if self.expert_bytes is not None:
+            at_least("expert-bytes", self.expert_bytes, 1)
         if self.ranks < 1 or self.nodes < 1 or self.ranks % self.nodes:
             raise InputError(f"ranks ({self.ranks}) must be at least 1 and divisible by nodes ({self.nodes})")
-        _one_of("shares", self.shares, ("even", "lp"))
+        one_of("shares", self.shares, ("even", "lp"))
         for name in ("slots", "groups"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+            at_least(name, getattr(self, name), 0)
         if self.groups and not self.group_limited:
             raise InputError("groups is for group-limited placement: add group-limited, or leave it out")
         for name in ("quality_weight", "slot_weight"):
             if not 0 <= getattr(self, name) < 1e6:
                 raise InputError(f"{name.replace('_', '-')} must be in [0, 1e6), got {getattr(self, name)}")
-        if self.robust_windows < 1:
-            raise InputError(f"robust-windows must be at least 1, got {self.robust_windows}")
-        if self.seed < 0:
-            raise InputError(f"seed must not be negative, got {self.seed}")
+        at_least("robust-windows", self.robust_windows, 1)
+        at_least("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -152,8 +143,7 @@ class EvalOptions:
     def __post_init__(self) -> None:
         if self.seq_len < 2:
             raise InputError(f"seq-len must be at least 2 (one token to read, one to predict), got {self.seq_len}")
-        if self.batch_size < 1:
-            raise InputError(f"batch-size must be at least 1, got {self.batch_size}")
+        at_least("batch-size", self.batch_size, 1)
         if self.limit < 0 or (self.fewshot is not None and self.fewshot < 0):
             raise InputError(f"limit and fewshot must not be negative, got {self.limit} and {self.fewshot}")
-        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
