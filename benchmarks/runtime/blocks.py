@@ -209,9 +209,8 @@ def bench(shape: Shape, rows: list[int], pace: Pace) -> dict[str, Any]:
     times = {}
     for count in rows:
         times[str(count)] = measure(shape, modules, count, pace)
-        console.note(
-            f"T = {count}: " + ", ".join(f"{n} {v['ratio']:.2f}" for n, v in times[str(count)].items() if "ratio" in v)
-        )
+        short = [f"{name} {v['ratio']:.2f}" for name, v in times[str(count)].items() if "ratio" in v]
+        console.note(f"T = {count}: {', '.join(short)}")
     counts = torch.bincount(routing(shape, max(rows))[1].reshape(-1), minlength=shape.experts).numpy()
     return {"errors": found, "times": times, "lis": float(eq.lis(counts))}
 

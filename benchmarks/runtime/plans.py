@@ -1,4 +1,4 @@
-"""Plans made by hand for the benchmark: nothing changed, a quarter in low precision with replicas, all in low precision.
+"""Plans made by hand: nothing changed, a quarter in low precision with replicas, all in low precision.
 
 E experts of a layer. They go through `equipoise.apply` as any plan does.
 """
@@ -38,6 +38,7 @@ def quarter_low(load: Sequence[int], precision: Any = "int8") -> list[Slot]:
 
     Args:
         load: [E] selections.
+        precision: an int8 format.
     """
     order = sorted(range(len(load)), key=lambda e: load[e])
     few = max(1, len(load) // 4)

@@ -1,6 +1,6 @@
 """How this benchmark takes times: warm up, then all variants in turn, and ratios round by round.
 
-    round           each variant is called `calls` times, one call of each in a random order; its time is the median of its calls
+    round           each variant is called once to three times, all in turn in random order; median of its calls
     ratio[r]        min over the baselines of their time in round r / time of the variant in round r
     figure          median over rounds of ratio[r], with the smallest and the largest beside it; above 1 is faster
 
