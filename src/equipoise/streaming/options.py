@@ -71,3 +71,35 @@ class AdaptiveOptions:
             raise InputError(f"follow_share must be a number from 0, got {self.follow_share}")
         if self.move_bytes is not None and self.move_bytes < 0:
             raise InputError(f"move_bytes must not be negative, got {self.move_bytes}")
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How a text becomes the stream of a model.
+
+    Attributes:
+        seq_len: tokens a sequence: the text is cut into so many, the documents of the adversarial stream after so many.
+        batch_size: sequences a forward pass.
+        max_tokens: only about the first so many tokens of the text (0 = all of it).
+        by_domain: the domains of the text one after the other, instead of the files as they are.
+        sequences: adversarial: choose among at most so many documents, spread evenly over the text (0 = all of them).
+        keep: adversarial: share of the documents that make the stream.
+    """
+
+    seq_len: int = 256
+    batch_size: int = 8
+    max_tokens: int = 0
+    by_domain: bool = False
+    sequences: int = 0
+    keep: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise InputError(f"seq-len must be at least 2, got {self.seq_len}")
+        if self.batch_size < 1:
+            raise InputError(f"batch-size must be at least 1, got {self.batch_size}")
+        for name in ("max_tokens", "sequences"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.keep <= 1:
+            raise InputError(f"keep is a share of the documents in (0, 1], got {self.keep}")

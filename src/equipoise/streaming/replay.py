@@ -9,7 +9,7 @@ That first placement fills empty slots and is not a move. Layers without load in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -100,32 +100,62 @@ def replay(
     check_parts(parts)
     if len(parts) < 2:
         raise InputError(f"a stream needs at least 2 windows, this one has {len(parts)}")
-    if spare < 0:
-        raise InputError(f"replicas must not be negative, got {spare}")
     size = np.ones(parts.shape[2:], dtype=np.int64) if slot_bytes is None else slot_bytes
     if size.shape != parts.shape[2:]:
         raise InputError(f"slot bytes have shape {size.shape}, the stream has layers x experts {parts.shape[2:]}")
-    deciders = {name: make_policy(name, spare, options, int(size.max())) for name in dict.fromkeys(policies)}
-    return _steps(parts, spare, deciders, size)
+    return follow(parts, spare, policies, options, size)
 
 
-def _steps(parts: FloatArray, spare: int, deciders: dict[str, Policy | None], size: IntArray) -> Iterator[Step]:
+def follow(
+    windows: Iterable[FloatArray],
+    spare: int,
+    policies: Sequence[str] = POLICIES,
+    options: AdaptiveOptions | None = None,
+    slot_bytes: IntArray | None = None,
+) -> Iterator[Step]:
+    """As `replay`, of windows that come one by one (a model that runs): a step for each window but the first.
+
+    Args:
+        windows: of [P, L, E] selections each.
+        spare: R, spare slots of each layer.
+        policies: names of `policies.POLICIES`.
+        options: of the adaptive policy.
+        slot_bytes: int [L, E] bytes of a slot; None counts 1 for each.
+
+    Raises:
+        InputError: a name is not a policy, or R is negative. Nothing was taken from `windows` then.
+    """
+    if spare < 0:
+        raise InputError(f"replicas must not be negative, got {spare}")
+    most = None if slot_bytes is None else int(slot_bytes.max())
+    deciders = {name: make_policy(name, spare, options, most or 1) for name in dict.fromkeys(policies)}
+    return _steps(iter(windows), spare, deciders, slot_bytes)
+
+
+def _steps(
+    windows: Iterator[FloatArray], spare: int, deciders: dict[str, Policy | None], slot_bytes: IntArray | None
+) -> Iterator[Step]:
     before: dict[str, IntArray] = {}
-    for t in range(1, len(parts)):
-        window = parts[t].sum(0)
+    last = next(windows, None)
+    if last is None:
+        return
+    size = np.ones(last.shape[1:], dtype=np.int64) if slot_bytes is None else slot_bytes
+    for t, parts in enumerate(windows, start=1):
+        window = parts.sum(0)
         lis, moves, moved_bytes = {}, {}, {}
         for name, policy in deciders.items():
             if policy is None:
                 slots = replica_counts(window, spare)
-                before.setdefault(name, replica_counts(parts[0].sum(0), spare))
+                before.setdefault(name, replica_counts(last.sum(0), spare))
             else:
-                policy.observe(parts[t - 1])
+                policy.observe(last)
                 slots = policy.decide()
             moved = moved_slots(before.get(name, slots), slots)
             before[name] = slots
             lis[name] = step_lis(window, slots)
             moves[name] = int(moved.sum())
             moved_bytes[name] = int((moved * size).sum())
+        last = parts
         yield Step(t, lis, moves, moved_bytes)
 
 

@@ -23,6 +23,12 @@ PARTS = 8
 """Parts of a window of tokens."""
 
 
+def part_edges(window: int, parts: int = PARTS) -> IntArray:
+    """First token of each part of a window, and its end: int64 [P + 1], parts as even as they can be."""
+    number = min(parts, window)
+    return np.arange(number + 1) * window // number
+
+
 @dataclass(frozen=True)
 class Stream:
     """What is replayed.
@@ -88,12 +94,10 @@ def _from_ids(profiles: list[Profile], paths: Sequence[Path], window: int) -> St
     count = len(joined) // window
     if not count:
         raise InputError(f"{len(joined)} tokens are less than one window of {window}: use a smaller --window")
-    # Parts as even as they can be: the last one takes what does not divide.
-    number = min(PARTS, window)
-    edges = np.arange(number + 1) * window // number
+    edges = part_edges(window)
     folded = joined[: count * window].reshape(count, window, *joined.shape[1:])
     experts = profiles[0].num_experts
-    parts = np.empty((count, number, *profiles[0].counts.shape))
+    parts = np.empty((count, len(edges) - 1, *profiles[0].counts.shape))
     for p, (begin, end) in enumerate(itertools.pairwise(edges)):
         tokens = folded[:, begin:end].reshape(-1, *joined.shape[1:])
         parts[:, p] = window_counts(tokens, experts, int(end - begin))
