@@ -6,8 +6,9 @@ ranks differ by one slot at most and a move into an empty place is a swap like a
 once: a second copy there would balance nothing.
 
 Legend: G ranks, C places of a rank, E experts, x and y the experts to be swapped, a the busiest rank.
-Cost: O(S log S) to pack; a swap O(C^2 K + log G) with K the ranks looked at. Nothing of the size G x E is kept:
-whether a rank holds an expert is read from its C places, and only for experts with several slots. Compiled.
+Cost: O(S log S) to pack; a swap O(C^2 K + log G) with K the ranks looked at, and their weights side by side. Nothing of
+the size G x E is kept: whether a rank holds an expert is read from its C places, only for a swap that would be the
+best so far, and only for experts with several slots. Compiled.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ PARTNERS = 64
 """With more ranks than this, the busiest looks for a partner among so many of the least loaded."""
 
 _STALE = 8
-"""Swaps after which the partners are chosen afresh; with many ranks a `_STALE_SHARE` of them, so that sorting the
-ranks costs O(log G) a swap."""
+"""Swaps after which the partners are chosen afresh; with many ranks a `_STALE_SHARE` of them, so that choosing costs
+O(1) a swap."""
 
 _STALE_SHARE = 16
 
@@ -167,6 +168,31 @@ def _swap(table: IntArray, load: FloatArray, value: FloatArray, a: int, j: int, 
 
 
 @compiled
+def _least_first(load: FloatArray, many: int) -> IntArray:
+    """Ranks, the `many` least loaded first and in order; the others follow as they stand: O(G + many log many)."""
+    ranks = load.shape[0]
+    if many >= ranks:
+        return np.argsort(load, kind="mergesort")
+    limit = np.partition(load, many - 1)[many - 1]
+    out, near, far = np.empty(ranks, dtype=np.int64), 0, ranks
+    for g in range(ranks):
+        if load[g] < limit:
+            out[near] = g
+            near += 1
+        elif load[g] > limit:
+            far -= 1
+            out[far] = g
+    # Those at the limit stand between, some of them among the least loaded.
+    for g in range(ranks):
+        if load[g] == limit:
+            out[near] = g
+            near += 1
+    least = out[:many].copy()
+    out[:many] = least[np.argsort(load[least], kind="mergesort")]
+    return out
+
+
+@compiled
 def swap_down(table: IntArray, value: FloatArray, experts: int, target: float, most: int) -> float:
     """Swap slots of the busiest rank with others as long as the larger of the two ranks falls; in place.
 
@@ -185,12 +211,17 @@ def swap_down(table: IntArray, value: FloatArray, experts: int, target: float, m
     if load.max() <= target:
         return load.max()
     count = slots_of(table, experts)
+    # Loads of the slots where they stand, so that a pair of ranks is compared without looking up experts.
+    weight = np.empty((ranks, places))
+    for g in range(ranks):
+        for j in range(places):
+            weight[g, j] = value[table[g, j]]
     many = min(PARTNERS, ranks)
     stale = max(_STALE, ranks // _STALE_SHARE)
     # The busiest rank is the top of a heap of (-load, rank); entries whose load has changed since are dropped.
     heap = [(-load[g], g) for g in range(ranks)]
     heapq.heapify(heap)
-    partners = np.argsort(load, kind="mergesort")
+    partners = _least_first(load, many)
     since = 0
     for _ in range(most):
         while -heap[0][0] != load[heap[0][1]]:
@@ -200,27 +231,34 @@ def swap_down(table: IntArray, value: FloatArray, experts: int, target: float, m
         if high <= target:
             break
         if since >= stale:
-            partners = np.argsort(load, kind="mergesort")
+            partners = _least_first(load, many)
             since = 0
         # A swap must lower the pair by more than rounding, or it could go on for ever.
         best, at_j, at_b, at_k = high * (1 - 1e-12), -1, -1, -1
         for i in range(many):
             b = partners[i]
             low = load[b]
-            # The best this rank can do is to meet the other half way.
-            if b == a or (high + low) * 0.5 >= best:
+            # The best this rank can do is to meet the other half way; a swap is as good as it comes near to that.
+            middle, half = (high + low) * 0.5, (high - low) * 0.5
+            if b == a or middle >= best:
                 continue
+            room = (best - middle) * (1 + 1e-9)
             for j in range(places):
-                x = table[a, j]
-                if count[x] > 1 and holds(table, b, x):
-                    continue
+                want = weight[a, j] - half
                 for k in range(places):
-                    y = table[b, k]
-                    d = value[x] - value[y]
-                    if d <= 0.0 or low + d >= best or high - d >= best:
+                    if abs(want - weight[b, k]) >= room:
                         continue
-                    if count[y] == 1 or not holds(table, a, y):
-                        best, at_j, at_b, at_k = max(low + d, high - d), j, b, k
+                    d = weight[a, j] - weight[b, k]
+                    top = max(low + d, high - d)
+                    x, y = table[a, j], table[b, k]
+                    if (
+                        d > 0.0
+                        and top < best
+                        and (count[x] == 1 or not holds(table, b, x))
+                        and (count[y] == 1 or not holds(table, a, y))
+                    ):
+                        best, at_j, at_b, at_k = top, j, b, k
+                        room = (best - middle) * (1 + 1e-9)
         if at_j < 0:
             if many == ranks:
                 break
@@ -228,6 +266,7 @@ def swap_down(table: IntArray, value: FloatArray, experts: int, target: float, m
             continue
         many = min(PARTNERS, ranks)
         _swap(table, load, value, a, at_j, at_b, at_k)
+        weight[a, at_j], weight[at_b, at_k] = weight[at_b, at_k], weight[a, at_j]
         heapq.heappush(heap, (-load[a], a))
         heapq.heappush(heap, (-load[at_b], at_b))
         since += 1

@@ -8,8 +8,9 @@ window is this kernel, so both give the same layout.
     grouped  a layer with its groups of experts on nodes first, then every node as a placement of its own
     every    all layers of a model
 
-Legend: L layers, E experts, G ranks, C places of a rank, N nodes. Cost: O(S log S) a layer, plus the search where it
-is needed. Compiled.
+Legend: L layers, E experts, G ranks, C places of a rank, N nodes. Cost: O(S log S) a layer to fill and pack, about two
+swaps a rank whatever its size (`packing`), and the search where it is needed. Compiled into one: after a change of
+`packing`, `replicas` or `search` this file must change too, since the compiler's cache looks at no other.
 """
 
 from __future__ import annotations
