@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from plans import LOW, all_low, balanced, plan_of_slots, quarter_low, twin, unchanged
-from timing import QUICK, Pace, compare, race, warm
+from timing import QUICK, Pace, compare, race, script, warm
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 import equipoise as eq
@@ -232,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

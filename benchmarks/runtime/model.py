@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from timing import script
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import equipoise as eq
@@ -144,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

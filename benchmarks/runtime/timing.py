@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from equipoise.errors import InputError
 
 Work = Callable[[], object]
 
@@ -109,3 +112,12 @@ def compare(times: Mapping[str, Sequence[float]], baselines: Sequence[str]) -> d
             "rounds": len(ratios),
         }
     return out
+
+
+def script(main: Callable[[], None]) -> None:
+    """Run a command: wrong input is one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from model import default_work, olmoe_like, text_batches
 from plans import LOW, all_low, balanced, plan_of_slots, twin, unchanged
-from timing import QUICK, Pace, Work, compare, race, seconds, warm
+from timing import QUICK, Pace, Work, compare, race, script, seconds, warm
 
 import equipoise as eq
 from equipoise.cli import console
@@ -221,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
