@@ -3,17 +3,19 @@
 One pass of the untouched model surveys every layer. Candidates for its `gap` are quantiles of the distance between
 the k-th and the scores after it; `mass` is a quantile of the top-k's mass. For each gap and each target of a ladder the
 survey notes what the layer's busiest slot would carry (LIS) and how much score its tokens would give up, without
-giving up any. A price mu of score then says which rule each layer gets,
+giving up any. What a unit of score costs in a layer is measured (`sensitivity`, nats a token). Then
 
-    rule_l(mu) = argmin_r  LIS_l(r) + mu * lost_l(r)
+    minimise sum_l LIS_l(r_l)   subject to   sum_l sensitivity_l * lost_l(r_l) <= allowed        (`allotment`)
 
-so that score is given up in the layers where it buys the most balance. The least mu whose loss on the calibration
-text, measured with every layer on, is within the bound is found by bisection; the bound is held by the increase plus
-one standard error over windows, because held-out text is other text.
+gives each layer its rule, so that loss is spent where it buys the most balance. Balance at any price is tried first. If
+the bound does not hold then, `allowed` is found by trials on the whole calibration text with every layer on: what a
+trial really cost over its prediction scales the next. The bound is held by the increase plus one standard error over
+windows, because held-out text is other text: more windows leave more of the bound to be used.
 
     increase = sum_i t_i a_i / sum_i t_i b_i - 1      b, a: loss of window i without and with LASER, t its tokens
 
-Cost: 2 + `STEPS` forward passes over the calibration text.
+Cost: one forward pass over the calibration text for the survey, one a trial (at most `TRIALS`), and those of
+`sensitivity` over a few thousand tokens.
 
 L layers, T tokens, E experts, k experts a token selects.
 """
@@ -32,9 +34,10 @@ from equipoise.errors import InputError
 from equipoise.evaluation.perplexity import TextResult, evaluate_text
 from equipoise.models.families import MoELayer
 from equipoise.profiling.padding import PaddingTracker
-from equipoise.rerouting.install import WINDOW, LayerRouting, installed
-from equipoise.rerouting.prices import count
-from equipoise.rerouting.selection import Rule, select
+from equipoise.rerouting.allotment import allot
+from equipoise.rerouting.install import WINDOW, Forwards, LayerRouting, installed
+from equipoise.rerouting.selection import Decision, Rule, distribution, select
+from equipoise.rerouting.sensitivity import sensitivities
 from equipoise.rerouting.thresholds import Thresholds
 from equipoise.types import FloatArray
 
@@ -42,12 +45,14 @@ if TYPE_CHECKING:
     from equipoise.progress import Track
 
 MAX_LOSS_INCREASE = 0.005
-TARGETS = tuple(round(1.11**j, 3) for j in range(13))
+TARGETS = tuple(round(1.15**j, 3) for j in range(10))
 GAP_QUANTILES = (0.65, 1.0)
 MASS_QUANTILE = 0.98
-RULES = tuple((q, target) for q in range(len(GAP_QUANTILES)) for target in TARGETS)
-STEPS = 7
-"""Bisections of mu, over five decades: to a tenth of its value."""
+MEASURED_TARGET = 1.3
+"""Where sensitivities are measured: a change of the size that bounds of half a percent allow."""
+TRIALS = 7
+ENOUGH = 0.93
+"""Of the bound: a trial that uses so much of it is the last."""
 
 
 @dataclass(frozen=True)
@@ -70,57 +75,69 @@ class Calibration:
 
 
 class Survey(LayerRouting):
-    """Notes what each target would do in one layer, and leaves the routing as it is."""
+    """Notes what each rule would do in one layer, and leaves the routing as it is."""
 
-    def __init__(self, layer: MoELayer, rule: Rule, padding: PaddingTracker, classes: int, window: int) -> None:
-        super().__init__(layer, rule, padding, classes, 0)
+    def __init__(
+        self, layer: MoELayer, rule: Rule, padding: PaddingTracker, forwards: Forwards, classes: int, window: int
+    ) -> None:
+        super().__init__(layer, rule, padding, forwards, classes, 0)
+        self.nothing = rule
+        # Where the strongest expert may go, the layer may still be better off keeping it.
+        self.rules = [
+            (q, target, keep) for keep in {1, rule.keep} for q in range(len(GAP_QUANTILES)) for target in TARGETS
+        ]
         # LIS and lost score of the routing as it is, then of each rule; and the limits of the rules.
-        self.sums = np.zeros((1 + len(RULES), 2))
+        self.sums = np.zeros((1 + len(self.rules), 2))
         self.gaps = np.zeros(len(GAP_QUANTILES))
         self.mass = 0.0
 
     def choose(
-        self, p: torch.Tensor, index: torch.Tensor, slots: torch.Tensor, before: torch.Tensor, real: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, scores: torch.Tensor, index: torch.Tensor, before: torch.Tensor, real: torch.Tensor | None, logits: bool
+    ) -> Decision | None:
         """The family's choice; adds what every rule would have done, weighted with the batch's tokens."""
-        still = torch.zeros(len(index), dtype=torch.bool, device=index.device)
+        own = select(scores, index, Rule(), self._slots, before, real, logits=logits, experts=self.layer.num_experts)
+        if own is None or not own.tokens or index.shape[1] >= scores.shape[1]:
+            return own
+        p = distribution(scores, logits)
+        p[:, self.layer.num_experts :] = 0
         if real is not None:
-            p, own = p[real], index[real]
-        else:
-            own = index
-        tokens, k = own.shape
-        if not tokens or k >= p.shape[1]:
-            return index, still
-        top = p.topk(min(k + max(self.rule.extra, 1), p.shape[1]), -1).values
+            p, index = p[real], index[real]
+        tokens, k = index.shape
+        top = p.topk(min(k + max(self.nothing.extra, 1), p.shape[1]), -1).values
         mass = top[:, :k].sum(-1).clamp(min=1e-20)
         distance = (top[:, k - 1 : k] - top[:, k:]) / mass[:, None]
         gaps = distance.quantile(distance.new_tensor(GAP_QUANTILES))
         limit = float(mass.quantile(MASS_QUANTILE).clamp(max=1))
         self.gaps += gaps.double().cpu().numpy() * tokens
         self.mass += limit * tokens
-        kept = p.gather(1, own).sum(-1)
+        kept = p.gather(1, index).sum(-1)
 
-        def outcome(chosen: torch.Tensor) -> list[float]:
-            busiest = float((count(chosen, len(slots)) / slots).max())
+        def outcome(chosen: torch.Tensor, load: torch.Tensor) -> list[float]:
+            busiest = float((load / self._slots).max())
             lost = (kept - p.gather(1, chosen).sum(-1)) / mass
             return [busiest * self.layer.num_experts / (tokens * k), float(lost.mean())]
 
-        self.sums[0] += np.array(outcome(own)) * tokens
-        for row, (q, target) in enumerate(RULES, start=1):
-            rule = replace(self.rule, gap=min(float(gaps[q]), 1.0), mass=limit, target=target)
-            self.sums[row] += np.array(outcome(select(p, own, rule, slots, before)[0])) * tokens
-        return index, still
+        self.sums[0] += np.array(outcome(index, own.load)) * tokens
+        for row, (q, target, keep) in enumerate(self.rules, start=1):
+            rule = replace(self.nothing, gap=min(float(gaps[q]), 1.0), mass=limit, target=target, keep=keep)
+            other = select(p, index, rule, self._slots, before)
+            if other is not None:
+                self.sums[row] += np.array(outcome(other.index, other.load)) * tokens
+        return own
 
-    def rule_for(self, mu: float) -> Rule:
-        """The rule of this layer where a unit of score costs mu of LIS."""
-        if not self.tokens:
-            return self.rule
-        best = int(np.argmin(self.sums @ np.array([1.0, mu])))
-        if best == 0:
-            return self.rule
-        q, target = RULES[best - 1]
-        gap = min(float(self.gaps[q]) / self.tokens, 1.0)
-        return replace(self.rule, gap=gap, mass=min(self.mass / self.tokens, 1.0), target=target)
+    @property
+    def outcomes(self) -> tuple[FloatArray, FloatArray]:
+        """LIS, and score given up a token, of the layer as it is and of each of its rules: float64 [R] both."""
+        lis, lost = self.sums.T / max(self.tokens, 1)
+        return lis, np.maximum(lost, 0)
+
+    def rule_of(self, number: int) -> Rule:
+        """The rule of row `number` of `outcomes`."""
+        if number == 0:
+            return self.nothing
+        q, target, keep = self.rules[number - 1]
+        gap, mass = (min(float(value) / self.tokens, 1.0) for value in (self.gaps[q], self.mass))
+        return replace(self.nothing, gap=gap, mass=mass, target=target, keep=keep)
 
 
 def loss_increase(before: TextResult, after: TextResult) -> tuple[float, float]:
@@ -166,32 +183,68 @@ def calibrate(
     none = Thresholds.of(model, nothing)
     with installed(model, none, window, Survey) as surveyed:
         before = evaluate_text(model, batches)
-    surveys = {layer.layer.name: layer for layer in surveyed.layers}
+    surveys = {layer.layer.name: layer for layer in surveyed.layers if isinstance(layer, Survey)}
+    loss = float(before.nll @ before.tokens / before.tokens.sum())
+    # By how many of the strongest experts are kept: giving up the strongest costs another price a unit of score.
+    weight = {keep: np.ones(len(surveyed.names)) for keep in {1, nothing.keep}}
 
-    def thresholds(mu: float) -> Thresholds:
-        rules = [
-            survey.rule_for(mu) if isinstance(survey := surveys.get(name), Survey) else nothing
-            for name in surveyed.names
+    def thresholds(allowed: float) -> tuple[Thresholds, float]:
+        """Rules that should cost at most so much, and what they should cost."""
+        at = [surveyed.names.index(name) for name in surveys]
+        lis, lost = zip(*(survey.outcomes for survey in surveys.values()), strict=True)
+        cost = [
+            part * np.array([0.0, *(weight[keep][row] for _, _, keep in survey.rules)])
+            for row, survey, part in zip(at, surveys.values(), lost, strict=True)
         ]
-        return Thresholds.of(model, rules)
+        picks = allot(lis, cost, allowed)
+        rules = {name: survey.rule_of(int(pick)) for (name, survey), pick in zip(surveys.items(), picks, strict=True)}
+        return (
+            Thresholds.of(model, [rules.get(name, nothing) for name in surveyed.names]),
+            sum(float(part[pick]) for part, pick in zip(cost, picks, strict=True)),
+        )
 
-    # From "balance at any price" to a price at which only what is nearly free moves, evenly in the logarithm.
-    low, high = -1.0, 4.0
-    best, result = none, before
-    tries = [low, *[None] * STEPS] if max_loss_increase > 0 else []
-    for mark in track(tries, len(tries), "thresholds") if track else tries:
-        at = (low + high) / 2 if mark is None else mark
-        rules = thresholds(10**at)
+    def trial(rules: Thresholds) -> tuple[TextResult, float, float]:
+        """Loss with these rules; its relative increase; and that with its margin."""
         with installed(model, rules, window):
             after = evaluate_text(model, batches)
         increase, error = loss_increase(before, after)
-        margin = error if np.isfinite(error) else 0.0
-        if increase + margin <= max_loss_increase:
-            best, result, high = rules, after, at
-            if mark is not None:
+        return after, increase, increase + (error if np.isfinite(error) else 0.0)
+
+    def outcome(rules: Thresholds, after: TextResult) -> Calibration:
+        now = float(after.nll @ after.tokens / after.tokens.sum())
+        return Calibration(rules, loss, now, *loss_increase(before, after))
+
+    if max_loss_increase == 0 or not surveys:
+        return outcome(none, before)
+    rules, _ = thresholds(np.inf)
+    after, _, spent = trial(rules)
+    if spent <= max_loss_increase:
+        return outcome(rules, after)
+    for keep in weight:
+        weight[keep] = sensitivities(model, batches, middle(list(surveys.values()), nothing, keep), window)
+    # In nats as predicted; each trial says what one of them really costs.
+    low, high = 0.0, thresholds(np.inf)[1]
+    allowed = high * max_loss_increase / spent
+    best, used = outcome(none, before), 0.0
+    trials = range(TRIALS)
+    for _ in track(trials, TRIALS, "thresholds") if track else trials:
+        rules, predicted = thresholds(allowed)
+        after, _, spent = trial(rules)
+        if spent <= max_loss_increase:
+            low = max(low, allowed)
+            if spent > used:
+                best, used = outcome(rules, after), spent
+            if spent >= ENOUGH * max_loss_increase:
                 break
-        elif mark is None:
-            low = at
-    increase, error = loss_increase(before, result)
-    mean = [float(r.nll @ r.tokens / r.tokens.sum()) for r in (before, result)]
-    return Calibration(best, mean[0], mean[1], increase, error)
+        else:
+            high = min(high, allowed)
+        step = predicted * max_loss_increase * (1 + ENOUGH) / 2 / spent if spent > 0 else high
+        # Rules come in steps, and trials scatter: what would leave the bracket is its middle.
+        allowed = step if low < step < high else (low + high) / 2
+    return best
+
+
+def middle(surveys: Sequence[Survey], nothing: Rule, keep: int) -> Rule:
+    """One rule for all layers at which sensitivities are measured: the widest gap, a target in the middle."""
+    gaps = [survey.gaps[-1] / survey.tokens for survey in surveys if survey.tokens]
+    return replace(nothing, gap=min(1.0, float(np.mean(gaps))) if gaps else 0.0, target=MEASURED_TARGET, keep=keep)

@@ -9,8 +9,9 @@ T tokens, E experts, k experts a token selects, L layers.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,8 @@ from transformers import PreTrainedModel
 from equipoise.errors import InputError
 from equipoise.models.families import MoELayer, find_layers
 from equipoise.profiling.padding import PaddingTracker
-from equipoise.rerouting.prices import count
 from equipoise.rerouting.routers import RouterPatch, classes_of, kind_of, router_of
-from equipoise.rerouting.selection import Rule, distribution, select
+from equipoise.rerouting.selection import Decision, Rule, select
 from equipoise.rerouting.thresholds import Thresholds, load_laser
 from equipoise.types import IntArray
 
@@ -30,55 +30,101 @@ WINDOW = 64
 """Tokens after which an earlier load counts half: it steers single decoding steps, a prompt is its own load."""
 
 
+class Forwards:
+    """What the layers of a forward are to remember, kept back until it has ended well; a stack a thread.
+
+    A forward that fails half way must not leave its load in the layers that it had passed.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def when_done(self, remember: Callable[[], None]) -> None:
+        """Call `remember` at the end of the forward in flight; at once when a layer is called on its own."""
+        if getattr(self._local, "depth", 0):
+            self._local.pending.append(remember)
+        else:
+            remember()
+
+    @contextmanager
+    def following(self, model: PreTrainedModel) -> Iterator[None]:
+        """Follow the forwards of a model, and of the stacks inside it that are called on their own."""
+        with ExitStack() as hooks:
+            for module in model.modules():
+                if isinstance(module, PreTrainedModel):
+                    for handle in (
+                        module.register_forward_pre_hook(self._enter),
+                        module.register_forward_hook(self._done),
+                        module.register_forward_hook(self._leave, always_call=True),
+                    ):
+                        hooks.callback(handle.remove)
+            yield
+
+    def _enter(self, *_: Any) -> None:
+        self._local.depth = getattr(self._local, "depth", 0) + 1
+        if self._local.depth == 1:
+            self._local.pending = []
+
+    def _done(self, *_: Any) -> None:
+        if self._local.depth == 1:
+            for remember in self._local.pending:
+                remember()
+
+    def _leave(self, *_: Any) -> None:
+        self._local.depth -= 1
+
+
 class LayerRouting:
     """The decisions of one layer, and the load it remembers. Safe to use from several threads."""
 
-    def __init__(self, layer: MoELayer, rule: Rule, padding: PaddingTracker, classes: int, window: int) -> None:
+    def __init__(
+        self, layer: MoELayer, rule: Rule, padding: PaddingTracker, forwards: Forwards, classes: int, window: int
+    ) -> None:
         self.layer = layer
         self.rule = rule
         self.window = window
-        self.moved: torch.Tensor | None = None
+        self.moved: int | torch.Tensor = 0
         self.tokens = 0
         self._padding = padding
+        self._forwards = forwards
         self._slots = slot_divisor(layer, classes)
-        self._before: torch.Tensor | None = None
+        self._before = torch.zeros_like(self._slots)
         self._lock = threading.Lock()
 
     def decide(self, scores: torch.Tensor, index: torch.Tensor, logits: bool) -> torch.Tensor:
-        """The experts of each token of a forward: scores [T, E], index int64 [T, k] -> int64 [T, k].
+        """The experts of each token of a forward: scores [T, C], index int64 [T, k] -> int64 [T, k].
 
         Raises:
-            InputError: a score is NaN or infinite; nothing is remembered of that batch.
+            InputError: a score is NaN or infinite; no layer remembers anything of that forward.
         """
         if not len(index):
             return index
-        # topk and argmax take NaN for the largest, so what was chosen shows every one.
-        if not bool(scores.gather(-1, index).isfinite().all()):
+        real = self._padding.real_rows(len(index))
+        if self._slots.device != scores.device:
+            with self._lock:
+                self._slots, self._before = self._slots.to(scores.device), self._before.to(scores.device)
+        decision = self.choose(scores, index, self._before, real, logits)
+        if decision is None:
             raise InputError(
                 f"the router of layer {self.layer.layer_id} gave scores that are NaN or infinite; "
                 "check the model's weights and the dtype it runs in"
             )
-        real = self._padding.real_rows(len(index))
-        slots = self._slots.to(scores.device)
+        self._forwards.when_done(partial(self._remember, decision))
+        return decision.index
+
+    def _remember(self, decision: Decision) -> None:
         with self._lock:
-            before = torch.zeros_like(slots) if self._before is None else self._before.to(scores.device)
-        p = distribution(scores, logits)
-        # A class that is no expert (ZAYA skips) is neither given nor taken away: such a token is not in p's order.
-        p[:, self.layer.num_experts :] = 0
-        chosen, moved = self.choose(p, index, slots, before, real)
-        load = count(chosen, len(slots), real)
-        tokens = len(index) if real is None else int(real.sum())
-        with self._lock:
-            self._before = (before + load) * 0.5 ** (tokens / self.window) if self.window else None
-            self.moved = moved.sum() if self.moved is None else self.moved + moved.sum()
-            self.tokens += tokens
-        return chosen
+            if self.window:
+                self._before = (self._before + decision.load) * 0.5 ** (decision.tokens / self.window)
+            self.moved = self.moved + decision.rerouted
+            self.tokens += decision.tokens
 
     def choose(
-        self, p: torch.Tensor, index: torch.Tensor, slots: torch.Tensor, before: torch.Tensor, real: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, scores: torch.Tensor, index: torch.Tensor, before: torch.Tensor, real: torch.Tensor | None, logits: bool
+    ) -> Decision | None:
         """As `select`, by the layer's rule."""
-        return select(p, index, self.rule, slots, before, real)
+        experts = self.layer.num_experts
+        return select(scores, index, self.rule, self._slots, before, real, logits=logits, experts=experts)
 
 
 def slot_divisor(layer: MoELayer, classes: int) -> torch.Tensor:
@@ -118,7 +164,7 @@ class Laser:
     @property
     def rerouted(self) -> IntArray:
         """int64 [layers]: tokens that did not get their top-k."""
-        return np.array([0 if layer.moved is None else int(layer.moved) for layer in self.layers], dtype=np.int64)
+        return np.array([int(layer.moved) for layer in self.layers], dtype=np.int64)
 
     @property
     def tokens(self) -> IntArray:
@@ -145,7 +191,7 @@ def installed(
         raise InputError(f"laser: window must not be negative, got {window}")
     found = find_layers(model)
     thresholds.check(model, found)
-    padding = PaddingTracker(model)
+    padding, forwards = PaddingTracker(model), Forwards()
     work, fixed = [], []
     for layer, rule in zip(found, thresholds.rules, strict=True):
         router = router_of(model.get_submodule(layer.name.rpartition(".")[0]))
@@ -160,8 +206,8 @@ def installed(
             fixed.append(layer.layer_id)
             continue
         classes = classes_of(router, layer.num_experts)
-        work.append((router, routing(layer, rule, padding, classes, window)))
-    with ExitStack() as undo, padding.tracking():
+        work.append((router, routing(layer, rule, padding, forwards, classes, window)))
+    with ExitStack() as undo, padding.tracking(), forwards.following(model):
         for router, layer_routing in work:
             patch = RouterPatch(router, layer_routing.layer, layer_routing.decide)
             undo.callback(patch.remove)

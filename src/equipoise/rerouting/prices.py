@@ -3,23 +3,17 @@
     token t     takes the n experts of its pool with the largest value[t, e] - price[e]
     price[e]    += step * (load[e] / (slots[e] * target * mean load) - 1), at least 0
 
-Projected subgradient on the dual of the assignment's linear program, `rounds` steps, from the family's own choice on;
-the round with the least busy slot wins. On the CPU a compiled loop, elsewhere tensor operations; both give the same.
+Projected subgradient on the dual of the assignment's linear program, at most `rounds` steps, from the family's own
+choice on; the first round that meets the target wins, else the one with the least busy slot.
 
 F tokens that are free to choose, P places of a pool, E experts, n experts to take.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from equipoise.planning.kernels import compiled
-
-DECAY = 0.85
-"""Of the steps: 20 rounds end at 5 % of the first. docs/experiments.md has the distance to the optimum."""
-HIGHEST = 2.0
-"""Price at which every token that can leave does: values are at most 1."""
+from equipoise.rerouting.compiled import DECAY, HIGHEST
 
 
 def exchange(
@@ -32,7 +26,7 @@ def exchange(
     slots: torch.Tensor,
     fixed: torch.Tensor,
 ) -> torch.Tensor:
-    """Prices: n experts of each pool, so that the busiest slot is least.
+    """Prices: n experts of each pool, so that the busiest slot is least. No copy to the host.
 
     Args:
         value: float32 [F, P'], best first, -inf outside the pool.
@@ -45,29 +39,10 @@ def exchange(
         fixed: float32 [E], load that is not decided here.
 
     Returns:
-        int64 [F, n], places in the pool.
+        int64 [F, n], places in the pool, ascending.
     """
-    per_slot = (fixed.sum() + value.shape[0] * n) / slots[slots.isfinite()].sum() * target
-    if value.device.type == "cpu":
-        values, experts, widths, loads = (x.detach().contiguous().numpy() for x in (value, expert, slots, fixed))
-        return torch.from_numpy(
-            _exchange(values, experts, widths, loads, n, rounds, np.float32(per_slot.item()), first)
-        )
-    return exchange_tensors(value, expert, n, rounds, per_slot, first, slots, fixed)
-
-
-def exchange_tensors(
-    value: torch.Tensor,
-    expert: torch.Tensor,
-    n: int,
-    rounds: int,
-    per_slot: torch.Tensor,
-    first: float,
-    slots: torch.Tensor,
-    fixed: torch.Tensor,
-) -> torch.Tensor:
-    """`exchange` in tensor operations, without a copy to the host; per_slot is the load that counts as 1."""
     size = len(slots)
+    per_slot = (fixed.sum() + value.shape[0] * n) / slots[slots.isfinite()].sum() * target
     best = torch.arange(n, device=value.device).expand(value.shape[0], n)
     price = torch.zeros_like(fixed)
     load = (fixed + count(expert[:, :n], size)) / slots / per_slot
@@ -77,59 +52,13 @@ def exchange_tensors(
         price = (price + step * (load - 1)).clamp(0, HIGHEST)
         step *= DECAY
         offer = value - price[expert]
-        pick = offer.argmax(-1, keepdim=True) if n == 1 else offer.topk(n, -1).indices
+        # A stable sort, so that of equal offers the better score is taken.
+        pick = offer.sort(stable=True, dim=-1, descending=True).indices[:, :n]
         load = (fixed + count(expert.gather(1, pick), size)) / slots / per_slot
         busiest = load.max()
-        best = torch.where(busiest < least, pick, best)
-        least = torch.minimum(least, busiest)
-    return best
-
-
-@compiled
-def _exchange(
-    value: np.ndarray,
-    expert: np.ndarray,
-    slots: np.ndarray,
-    fixed: np.ndarray,
-    n: int,
-    rounds: int,
-    per_slot: np.float32,
-    first: float,
-) -> np.ndarray:
-    """`exchange` as loops: the same arithmetic in the same order, without the overhead of a tensor operation."""
-    rows, places = value.shape
-    pick = np.empty((rows, n), np.int64)
-    best = np.empty((rows, n), np.int64)
-    load = np.empty(len(slots), np.float32)
-    price = np.zeros(len(slots), np.float32)
-    offer = np.empty(places, np.float32)
-    least = np.float32(np.inf)
-    step = first
-    for r in range(rounds + 1):
-        load[:] = fixed
-        for t in range(rows):
-            for j in range(places):
-                offer[j] = value[t, j] - price[expert[t, j]]
-            for i in range(n):
-                top = i if r == 0 else 0
-                for j in range(0 if r else places, places):
-                    if offer[j] > offer[top]:
-                        top = j
-                pick[t, i] = top
-                offer[top] = -np.inf
-                load[expert[t, top]] += np.float32(1)
-        busiest = np.float32(0)
-        for e in range(len(slots)):
-            load[e] = load[e] / slots[e] / per_slot
-            busiest = max(busiest, load[e])
-        if busiest < least:
-            least = busiest
-            best[:] = pick
-        for e in range(len(slots)):
-            moved = price[e] + np.float32(step) * (load[e] - np.float32(1))
-            price[e] = min(max(moved, np.float32(0)), np.float32(HIGHEST))
-        step *= DECAY
-    return best
+        best = torch.where((busiest < least) & (least > 1), pick, best)
+        least = torch.where(least > 1, torch.minimum(least, busiest), least)
+    return best.sort(-1).values
 
 
 def count(index: torch.Tensor, size: int, real: torch.Tensor | None = None) -> torch.Tensor:

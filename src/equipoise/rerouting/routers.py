@@ -118,8 +118,9 @@ class Selecting(TorchFunctionMode):
     def exchanged(self, scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Decide on flattened rows. scores [..., E], index int64 [..., k] -> int64 [..., k]."""
         self.selections += 1
-        flat = self.decide(scores.reshape(-1, self.classes), index.reshape(-1, index.shape[-1]), self.logits)
-        return flat.reshape(index.shape)
+        own = index.reshape(-1, index.shape[-1])
+        flat = self.decide(scores.reshape(-1, self.classes), own, self.logits)
+        return index if flat is own else flat.reshape(index.shape)
 
 
 class SelectingTopK(Selecting):

@@ -10,13 +10,14 @@ order of the batch. Here the batch decides at once, by the dual of "minimise the
     token t      keeps its strongest expert, takes the k - 1 others of its pool with the largest value[t, e] - price[e]
     price[e]     += step * (load[e] / (slots[e] * target) - 1), at least 0, for `rounds` rounds
 
-and the round with the least busy slot wins. The tokens that give up least go first; with k <= 2 none gives up more
-than `gap`. With k = 1 the one expert is what may be exchanged.
+and the first round that meets the target wins, else the one with the least busy slot. The tokens that give up least
+go first; with k <= 2 and the strongest kept, none gives up more than `gap`. With k = 1 the one expert is what may be
+exchanged.
 
-Deterministic. A batch in another order gets the same decision, token by token: prices are sums over the batch, and
-equal values go to the expert that `torch.topk` names first. As the load of the whole batch counts, a prompt's
-routing looks at its later tokens too. Cost: one topk of [T, E], and `rounds` passes over
-[free tokens, pool] (`prices`).
+Deterministic. A batch in another order gets the same decision, token by token: prices are sums over the batch, and of
+equal offers the better score is taken, of equal scores the one that comes first. As the load of the whole batch counts,
+a prompt's routing looks at its later tokens too. On the CPU one compiled call (`compiled`), elsewhere tensor operations
+without a copy to the host: one sort of [T, E], and `rounds` passes over [free tokens, pool] (`prices`).
 
 T tokens, E experts (classes of the router), k experts a token selects, P = min(k + extra, E) places of the pool.
 """
@@ -25,9 +26,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from equipoise.errors import InputError
+from equipoise.checks import whole, within
+from equipoise.rerouting import compiled
 from equipoise.rerouting.prices import count, exchange
 
 FIRST_STEP = 0.2
@@ -56,12 +59,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         for name, low, high in (("gap", 0, 1), ("mass", 0, 1), ("target", 0.5, 1e6)):
-            if not low <= getattr(self, name) <= high:
-                raise InputError(f"laser: {name} must be in [{low}, {high:g}], got {getattr(self, name)}")
+            within(f"laser: {name}", getattr(self, name), low, high)
         for name in ("extra", "rounds", "keep"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1000:
-                raise InputError(f"laser: {name} must be a whole number in [0, 1000], got {value!r}")
+            whole(f"laser: {name}", getattr(self, name), 0, 1000)
 
     @property
     def keeps(self) -> bool:
@@ -84,73 +84,159 @@ def distribution(scores: torch.Tensor, logits: bool) -> torch.Tensor:
         return scores.softmax(-1)
     out = scores.isneginf() | (scores == 0)
     # A bias may take scores below 0: then all of the token's scores move up by the same, which keeps their gaps.
-    lowest = scores.masked_fill(out, 0).amin(-1, keepdim=True)
+    lowest = scores.masked_fill(out, 0).amin(-1, keepdim=True).clamp(max=0)
     positive = (scores - lowest).masked_fill(out, 0)
     return positive / positive.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
-def pools(p: torch.Tensor, k: int, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pool of each token, best first; the first k are its top-k.
+def pools(p: torch.Tensor, index: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pool of each token: what the family chose, best first, then the others, best first.
 
     Args:
         p: float32 [T, E], rows a distribution.
-        k: experts a token selects.
+        index: int64 [T, k], what the family chose.
         rule: of the layer.
 
     Returns:
         value float32 [T, P], -inf outside the pool, and expert int64 [T, P].
     """
-    top, expert = p.topk(min(k + rule.extra, p.shape[1]), -1)
+    k = index.shape[1]
+    order = p.sort(stable=True, dim=-1, descending=True).indices
+    other = torch.ones_like(p, dtype=torch.uint8).scatter_(1, index, 0)
+    order = order.gather(1, other.gather(1, order).sort(stable=True, dim=-1).indices)
+    expert = order[:, : min(k + rule.extra, p.shape[1])]
+    top = p.gather(1, expert)
     mass = top[:, :k].sum(-1, keepdim=True)
     value = top / mass.clamp(min=1e-20)
-    rest = value[:, k:]
-    inside = (value[:, k - 1 : k] - rest <= rule.gap) & (rest > 0) & (mass <= rule.mass * p.sum(-1, keepdim=True))
+    kth, rest = value[:, k - 1 : k], value[:, k:]
+    inside = (kth - rest <= rule.gap) & (rest > 0) & (mass <= rule.mass * p.sum(-1, keepdim=True))
+    # A family that rules experts out by a score that others fall below (AXK2) may choose what p says it cannot.
+    inside &= (rest <= kth).all(-1, keepdim=True)
     value[:, k:] = rest.masked_fill(~inside, -torch.inf)
     return value, expert
 
 
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What was decided for a batch.
+
+    Attributes:
+        index: int64 [T, k]; a row that keeps its experts is the family's, also in order.
+        moved: bool [T].
+        load: float32 [C], selections of real rows.
+        tokens: real rows.
+        rerouted: how many of them moved.
+    """
+
+    index: torch.Tensor
+    moved: torch.Tensor
+    load: torch.Tensor
+    tokens: int
+    rerouted: int | torch.Tensor
+
+
+_ALL = np.empty(0, np.bool_)
+
+
 def select(
-    p: torch.Tensor,
+    scores: torch.Tensor,
     index: torch.Tensor,
     rule: Rule,
     slots: torch.Tensor,
     before: torch.Tensor,
     real: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    *,
+    logits: bool = False,
+    experts: int = 0,
+) -> Decision | None:
     """The experts of each token.
 
     Args:
-        p: float32 [T, E], rows a distribution over what the family lets the token choose from.
-        index: int64 [T, k], what the family chose: the largest k of p.
+        scores: [T, C] of any float dtype, what the family selects by; -inf or exactly 0 where it rules an expert out.
+        index: int64 [T, k], what the family chose: the largest k of the scores.
         rule: of the layer.
-        slots: float32 [E], what an expert's load is divided by; inf for a class that is no expert.
-        before: float32 [E], load that counts beside this batch's, in tokens.
+        slots: float32 [C], what an expert's load is divided by; inf for a class that is no expert.
+        before: float32 [C], load that counts beside this batch's, in tokens.
         real: bool [T], False for padding, which neither counts nor moves; None: all real.
+        logits: the scores are logits.
+        experts: E, where the router has classes that are no expert (ZAYA skips); they come last, and are neither given
+            nor taken away. 0: all are.
 
     Returns:
-        index int64 [T, k] (a row that keeps its experts is the family's, also in order) and moved bool [T].
+        The decision, or None when a score that was chosen is NaN or infinite: topk and argmax take NaN for the
+        largest, so what was chosen shows every one.
     """
-    tokens, k = index.shape
-    moved = torch.zeros(tokens, dtype=torch.bool, device=index.device)
-    if rule.keeps or tokens == 0 or k >= p.shape[1]:
-        return index, moved
-    value, expert = pools(p, k, rule)
-    # A family that rules experts out by a score that others fall below (AXK2) may choose what p says it cannot.
-    free = value[:, k:].isfinite().any(-1) & (p.gather(1, index).amin(-1) >= p.gather(1, expert[:, k - 1 : k])[:, 0])
+    if scores.device.type != "cpu":
+        return select_tensors(scores, index, rule, slots, before, real, logits=logits, experts=experts)
+    scores = scores.detach().float().contiguous()
+    k = index.shape[1]
+    tokens, rerouted, chosen, moved, load = compiled.decide(
+        scores.numpy(),
+        (scores.softmax(-1) if logits else scores).numpy(),
+        index.contiguous().numpy(),
+        _ALL if real is None else real.numpy(),
+        slots.numpy(),
+        before.numpy(),
+        experts or scores.shape[1],
+        rule.gap,
+        rule.mass,
+        rule.extra,
+        0 if rule.keeps else rule.rounds,
+        rule.target,
+        min(rule.keep, k - 1),
+        min(rule.gap, FIRST_STEP),
+    )
+    if tokens == compiled.NOT_FINITE:
+        return None
+    return Decision(
+        torch.from_numpy(chosen) if rerouted else index,
+        torch.from_numpy(moved),
+        torch.from_numpy(load),
+        tokens,
+        rerouted,
+    )
+
+
+def select_tensors(
+    scores: torch.Tensor,
+    index: torch.Tensor,
+    rule: Rule,
+    slots: torch.Tensor,
+    before: torch.Tensor,
+    real: torch.Tensor | None = None,
+    *,
+    logits: bool = False,
+    experts: int = 0,
+) -> Decision | None:
+    """`select` in tensor operations, on any device; this is what the compiled form has to agree with."""
+    rows, k = index.shape
+    chosen_scores = scores.gather(-1, index).isfinite().all(-1)
+    if not bool((chosen_scores if real is None else chosen_scores | ~real).all()):
+        return None
+    p = distribution(scores, logits)
+    p[:, experts or p.shape[1] :] = 0
+    size = p.shape[1]
+    load = count(index, size, real)
+    tokens = rows if real is None else int(real.sum())
+    still = Decision(index, torch.zeros(rows, dtype=torch.bool, device=index.device), load, tokens, 0)
+    if rule.keeps or tokens == 0 or k >= size:
+        return still
+    value, expert = pools(p, index, rule)
+    free = value[:, k:].isfinite().any(-1)
     if real is not None:
         free &= real
-    rows = free.nonzero()[:, 0]
-    if not len(rows):
-        return index, moved
+    where = free.nonzero()[:, 0]
+    if not len(where):
+        return still
     keep = min(rule.keep, k - 1)
-    own = count(index, p.shape[1], real).to(p.dtype) + before
-    value, expert = value[rows], expert[rows]
+    value, expert = value[where], expert[where]
     # Load that no price changes: tokens that are sure, and the strongest expert of each of the others.
-    fixed = own - count(expert[:, keep:k], p.shape[1])
+    fixed = load + before - count(expert[:, keep:k], size)
     pick = exchange(
         value[:, keep:], expert[:, keep:], k - keep, rule.rounds, rule.target, min(rule.gap, FIRST_STEP), slots, fixed
     )
     changed = (pick >= k - keep).any(-1)
-    chosen = torch.cat([expert[:, :keep], expert[:, keep:].gather(1, pick)], 1)
-    moved[rows] = changed
-    return index.index_copy(0, rows, torch.where(changed[:, None], chosen, index[rows])), moved
+    new = torch.cat([expert[:, :keep], expert[:, keep:].gather(1, pick)], 1)
+    moved = still.moved.index_copy(0, where, changed)
+    chosen = index.index_copy(0, where, torch.where(changed[:, None], new, index[where]))
+    return Decision(chosen, moved, count(chosen, size, real), tokens, moved.sum())

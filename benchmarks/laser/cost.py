@@ -1,0 +1,151 @@
+"""What LASER adds to a prefill and to a decoding step of the 1.7 GB model of benchmarks/runtime.
+
+    python benchmarks/laser/cost.py [MODEL] [--pairs 15] [--threads 1]
+
+Without MODEL the model is built (or found) as `benchmarks/runtime/model.py` does. Every layer uses one rule that
+reroutes (`--gap`, `--target`), so that nothing is skipped because a threshold says so; the share of tokens moved is
+printed.
+
+    prefill       one text of 512 tokens
+    decode 1, 8   one token for each of 1 or 8 texts, after 64 tokens of the bundled text each
+
+With and without LASER in turn (LASER stays installed for its half of a pair), the order changing from pair to pair; the
+figure is the median over pairs of the ratio of the two. `kept` is the same with a rule that keeps every top-k: what the
+hooks cost by themselves. The last stdout line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from equipoise.cli import console
+from equipoise.models import load_model
+from equipoise.rerouting import Rule, Thresholds, installed
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "runtime"))
+from model import olmoe_like, text_batches
+
+PREFILL = 512
+PROMPT = 64
+DECODE = (1, 8)
+
+
+def cpu_name() -> str:
+    """The processor as the kernel names it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+class Prefill:
+    """One text, whole."""
+
+    def __init__(self, model: Any, ids: torch.Tensor) -> None:
+        self.model = model
+        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def seconds(self) -> float:
+        """Of one forward."""
+        begin = time.perf_counter()
+        self.model(**self.inputs, use_cache=False)
+        return time.perf_counter() - begin
+
+
+class Decode:
+    """Steps of one token a text, from the same cache each time."""
+
+    def __init__(self, model: Any, ids: torch.Tensor, steps: int) -> None:
+        self.model, self.ids, self.steps = model, ids, steps
+        prompt = ids[:, :PROMPT]
+        self.cache = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True).past_key_values
+
+    def seconds(self) -> float:
+        """Of one step."""
+        cache = copy.deepcopy(self.cache)
+        begin = time.perf_counter()
+        for step in range(self.steps):
+            past = PROMPT + step
+            mask = torch.ones(len(self.ids), past + 1, dtype=torch.int64)
+            token = self.ids[:, past : past + 1]
+            self.model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+        return (time.perf_counter() - begin) / self.steps
+
+
+def paired(model: Any, work: Any, thresholds: Thresholds, pairs: int) -> dict[str, float]:
+    """Median milliseconds without LASER, median ratio with it, and the share of tokens moved."""
+    plain, ratios, moved = [], [], 0.0
+    for pair in range(-1, pairs):
+        seconds = {}
+        for on in (True, False) if pair % 2 else (False, True):
+            with installed(model, thresholds) if on else contextlib.nullcontext() as routing:
+                seconds[on] = work.seconds()
+            if routing is not None:
+                moved = float(routing.rerouted.sum() / routing.tokens.sum())
+        if pair >= 0:  # the first is a warm-up
+            plain.append(seconds[False])
+            ratios.append(seconds[True] / seconds[False])
+    return {"ms": 1e3 * statistics.median(plain), "ratio": statistics.median(ratios), "moved": moved}
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="a directory; without it the model of benchmarks/runtime")
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=8, help="decoding steps of one timing")
+    parser.add_argument("--gap", type=float, default=0.05)
+    parser.add_argument("--target", type=float, default=1.2)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    path = arguments.model or olmoe_like()
+    loaded = load_model(path)
+    model = loaded.model
+    text = {
+        "prefill": Prefill(model, text_batches(loaded, 1, PREFILL, 1)[0]["input_ids"]),
+        **{
+            f"decode {rows}": Decode(
+                model, text_batches(loaded, rows, PROMPT + arguments.steps, 1)[0]["input_ids"], arguments.steps
+            )
+            for rows in DECODE
+        },
+    }
+    rules = {"laser": Rule(gap=arguments.gap, extra=6, target=arguments.target), "kept": Rule()}
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for name, work in text.items():
+        result[name] = {key: paired(model, work, Thresholds.of(model, r), arguments.pairs) for key, r in rules.items()}
+        console.note(f"{name}: {result[name]}")
+    console.table(
+        f"Time with LASER / without, {path}, {arguments.threads} thread(s), {cpu_name()}",
+        ("", "without, ms", "with / without", "moved", "kept / without"),
+        [
+            (name, f"{row['laser']['ms']:.2f}", f"{row['laser']['ratio']:.3f}", f"{row['laser']['moved']:.1%}",
+             f"{row['kept']['ratio']:.3f}")
+            for name, row in result.items()
+        ],
+    )  # fmt: skip
+    console.last_line(
+        {
+            "model": str(path),
+            "threads": arguments.threads,
+            "processor": cpu_name(),
+            "pairs": arguments.pairs,
+            "time": result,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
