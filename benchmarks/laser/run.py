@@ -1,4 +1,4 @@
-"""LASER on a model: balance and loss on held-out text, alone and with a joint plan, and what it costs in time.
+"""LASER on a model: balance and loss on held-out text, alone and with a joint plan.
 
     python benchmarks/laser/run.py [MODEL] [--windows 8] [--bound 0.005]
 
@@ -8,22 +8,20 @@ instead of experts where there is a plan; the denominator stays). `all` is the L
 increase is relative to the untouched model on the same windows, with one standard error over windows.
 
     untouched
-    laser            thresholds calibrated to `--bound`
-    laser, any       the same, where a token's strongest expert may be given up too
+    floor            the least that is possible while every token keeps its strongest expert: the busiest expert by first
+                     choices alone, on the untouched model's scores (top-1 models: not given)
+    laser            thresholds calibrated to `--bound`; a token's strongest expert is always kept
+    laser, any       the same, where it may be given up too
     joint            a joint plan at budget 1.0, from the same calibration text
     joint + laser    LASER calibrated on the balanced model, to what the plan left of the bound
 
-Time: prefill of one batch and single decoding steps, in turn with and without LASER; medians of the ratios.
-The last stdout line is one JSON object.
+What LASER costs in time is `cost.py`. The last stdout line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import platform
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +40,9 @@ from equipoise.models import find_layers, load_model
 from equipoise.pipeline.text import thin
 from equipoise.rerouting import Rule, Thresholds, calibrate, installed
 from equipoise.rerouting.calibration import loss_increase
+from equipoise.rerouting.install import LayerRouting
+from equipoise.rerouting.prices import count
+from equipoise.rerouting.selection import Decision
 
 
 @dataclass(frozen=True)
@@ -84,31 +85,29 @@ def measure(model: Any, items: Sequence[Batch], thresholds: Thresholds | None) -
     return Outcome(float(np.mean(each)), whole, text, moved)
 
 
-@torch.no_grad()
-def cost(model: Any, batch: Batch, thresholds: Thresholds, pairs: int) -> dict[str, float]:
-    """Time with LASER over time without, of a prefill and of a decoding step."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+class FirstChoices(LayerRouting):
+    """Leaves the routing as it is; counts how often each expert is a token's strongest."""
 
-    def seconds(steps: int) -> float:
-        if steps == 0:
-            begin = time.perf_counter()
-            model(**inputs, use_cache=False)
-            return time.perf_counter() - begin
-        cache = model(**{k: v[:1, :32] for k, v in inputs.items()}, use_cache=True).past_key_values
-        begin = time.perf_counter()
-        for step in range(steps):
-            model(input_ids=inputs["input_ids"][:1, 32 + step : 33 + step], past_key_values=cache, use_cache=True)
-        return time.perf_counter() - begin
+    def choose(
+        self, scores: torch.Tensor, index: torch.Tensor, before: torch.Tensor, real: torch.Tensor | None, logits: bool
+    ) -> Decision | None:
+        """The family's choice."""
+        first = index.gather(1, scores.gather(1, index).argmax(-1, keepdim=True))
+        load = count(first, scores.shape[1], real)
+        tokens = len(index) if real is None else int(real.sum())
+        even = tokens * index.shape[1] / self.layer.num_experts
+        self.least = max(1.0, float(load.max()) / even)
+        return super().choose(scores, index, before, real, logits)
 
-    ratios: dict[str, list[float]] = {"prefill": [], "decode": []}
-    for name, steps in (("prefill", 0), ("decode", 8)):
-        for pair in range(pairs + 1):
-            plain = seconds(steps)
-            with installed(model, thresholds):
-                routed = seconds(steps)
-            if pair:  # the first is a warm-up
-                ratios[name].append(routed / plain)
-    return {name: statistics.median(values) for name, values in ratios.items()}
+
+def floor(model: Any, items: Sequence[Batch]) -> float:
+    """Mean LIS over batches and layers below which no routing gets that keeps each token's strongest expert."""
+    each = []
+    with torch.inference_mode(), installed(model, Thresholds.of(model, Rule()), routing=FirstChoices) as routing:
+        for batch in items:
+            model(**{name: tensor for name, tensor in batch.items() if name != "labels"}, use_cache=False)
+            each.append(np.mean([layer.least for layer in routing.layers]))
+    return float(np.mean(each))
 
 
 def main() -> None:
@@ -117,7 +116,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="of a domain, and rows of a batch")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--bound", type=float, default=0.005, help="of the relative increase of the loss")
-    parser.add_argument("--pairs", type=int, default=7, help="timings; 0: none")
     parser.add_argument("--no-any", action="store_true", help="leave out the variant `laser, any`")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -139,10 +137,11 @@ def main() -> None:
         console.note(f"{name}: LIS {rows[name].lis:.3f}, loss {loss_increase(base.text, rows[name].text)[0]:+.3%}")
         return found.thresholds
 
-    times: dict[str, float] = {}
-    thresholds = laser("laser", arguments.bound, True)
-    if arguments.pairs:
-        times = cost(model, held[0], thresholds, arguments.pairs)
+    least = floor(model, held)
+    console.note(
+        f"untouched: LIS {base.lis:.3f}; with the strongest kept not below {least:.3f} ({least / base.lis - 1:+.1%})"
+    )
+    laser("laser", arguments.bound, True)
     if not arguments.no_any:
         laser("laser, any", arguments.bound, False)
     plan = eq.plan(eq.profile(model, seen), budget=1.0)
@@ -183,17 +182,16 @@ def main() -> None:
         ("", "LIS", "change", "LIS all", "loss", "+-", "tokens moved"),
         table,
     )
-    if times:
-        console.table("time with LASER / without", tuple(times), [[f"{ratio:.3f}" for ratio in times.values()]])
+    console.note(f"floor with the strongest kept: {least:.3f} ({least / base.lis - 1:+.1%})")
     console.last_line(
         {
             "model": arguments.model,
             "tokens": tokens,
             "bound": arguments.bound,
             "rows": result,
-            "time": times,
+            "floor": least,
+            "floor_change": least / base.lis - 1,
             "threads": arguments.threads,
-            "processor": platform.processor(),
         }
     )
 

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core_models import batch
+from equipoise.evaluation.perplexity import TextResult
 from equipoise.rerouting import Rule
 from equipoise.rerouting.allotment import BINS, allot
+from equipoise.rerouting.calibration import loss_increase
 from equipoise.rerouting.sensitivity import LEAST, part_of, sensitivities, shrink
 from tiny import FAMILIES
 
@@ -70,6 +72,26 @@ def test_sensitivities_find_the_layer_that_does_nothing():
     assert out[1] < 0.2 * out.max()
     # A rule that moves nothing measures nothing.
     assert sensitivities(model, texts, Rule(), 64).tolist() == [1, 1, 1]
+
+
+def test_the_error_of_an_increase():
+    draw = np.random.default_rng(0)
+    domains = ("a",) * 40 + ("b",) * 40
+    before = TextResult(draw.uniform(2, 3, 80), np.full(80, 100), domains)
+    change = np.where(np.array(domains) == "a", 0.0, 0.02)  # as a share: all of it between the domains
+    after = TextResult(before.nll * (1 + change), before.tokens, domains)
+    increase, error = loss_increase(before, after)
+    assert increase == pytest.approx(float(after.nll.sum() / before.nll.sum()) - 1)
+    one = TextResult(after.nll, after.tokens, ("a",) * 80)
+    assert error < 0.3 * loss_increase(TextResult(before.nll, before.tokens, ("a",) * 80), one)[1]
+    # Against the scatter of the estimate over samples of a known population.
+    found = []
+    for _ in range(400):
+        noise = draw.normal(0.005, 0.02, 80)
+        found.append(loss_increase(before, TextResult(before.nll * (1 + noise), before.tokens, domains)))
+    assert np.mean([e for _, e in found]) == pytest.approx(np.std([i for i, _ in found]), rel=0.15)
+    alone = TextResult(before.nll[:1], before.tokens[:1], ("a",))
+    assert loss_increase(alone, alone) == (0.0, float("inf"))
 
 
 def test_a_part_of_the_text():

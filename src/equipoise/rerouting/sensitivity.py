@@ -31,7 +31,7 @@ from equipoise.rerouting.thresholds import Thresholds
 from equipoise.types import FloatArray
 
 TOKENS = 2048
-GROUPS = 16
+GROUPS = 8
 LOGITS = 2**27
 """Logits of the untouched model that are kept: 256 MiB in 16 bits."""
 LEAST = 0.1
