@@ -9,9 +9,13 @@ printed.
     prefill       one text of 512 tokens
     decode 1, 8   one token for each of 1 or 8 texts, after 64 tokens of the bundled text each
 
-With and without LASER in turn (LASER stays installed for its half of a pair), the order changing from pair to pair; the
-figure is the median over pairs of the ratio of the two. `kept` is the same with a rule that keeps every top-k: what the
-hooks cost by themselves. The last stdout line is one JSON object.
+    deciding      LASER decides in full, and the model goes on with its own choice: what LASER itself costs
+    laser         the model goes on with what LASER chose; a balanced batch of a few tokens meets more experts, whose
+                  weights one device has to read: `experts` is how many, of E, mean over layers, without and with
+    kept          a rule that keeps every top-k: what the hooks cost by themselves
+
+With and without in turn, the order changing from pair to pair; the figures are medians over pairs of the ratio of the
+two. The last stdout line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,14 +27,20 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import equipoise as eq
 from equipoise.cli import console
 from equipoise.models import load_model
+from equipoise.profiling.watching import Observer
 from equipoise.rerouting import Rule, Thresholds, installed
+from equipoise.rerouting.install import LayerRouting
+from equipoise.rerouting.selection import Decision
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "runtime"))
 from model import olmoe_like, text_batches
@@ -83,20 +93,40 @@ class Decode:
         return (time.perf_counter() - begin) / self.steps
 
 
-def paired(model: Any, work: Any, thresholds: Thresholds, pairs: int) -> dict[str, float]:
+class Deciding(LayerRouting):
+    """Decides, and goes on with the family's choice."""
+
+    def choose(
+        self, scores: torch.Tensor, index: torch.Tensor, before: torch.Tensor, real: torch.Tensor | None, logits: bool
+    ) -> Decision | None:
+        """The family's choice, after the work."""
+        decision = super().choose(scores, index, before, real, logits)
+        return None if decision is None else replace(decision, index=index)
+
+
+def paired(model: Any, work: Any, routing: Callable[[], Any], pairs: int) -> dict[str, float]:
     """Median milliseconds without LASER, median ratio with it, and the share of tokens moved."""
     plain, ratios, moved = [], [], 0.0
     for pair in range(-1, pairs):
         seconds = {}
         for on in (True, False) if pair % 2 else (False, True):
-            with installed(model, thresholds) if on else contextlib.nullcontext() as routing:
+            with routing() if on else contextlib.nullcontext() as laser:
                 seconds[on] = work.seconds()
-            if routing is not None:
-                moved = float(routing.rerouted.sum() / routing.tokens.sum())
+            if laser is not None:
+                moved = float(laser.rerouted.sum() / laser.tokens.sum())
         if pair >= 0:  # the first is a warm-up
             plain.append(seconds[False])
             ratios.append(seconds[True] / seconds[False])
     return {"ms": 1e3 * statistics.median(plain), "ratio": statistics.median(ratios), "moved": moved}
+
+
+def experts_met(model: Any, work: Any, routing: Callable[[], Any] | None) -> float:
+    """Different experts of a forward, mean over forwards and layers."""
+    met: list[int] = []
+    note: Observer = lambda row, layer, routed, real: met.append(len(routed.index.unique()))  # noqa: E731
+    with routing() if routing else contextlib.nullcontext(), eq.watch(model, note):
+        work.seconds()
+    return statistics.mean(met)
 
 
 @torch.inference_mode()
@@ -122,20 +152,31 @@ def main() -> None:
             for rows in DECODE
         },
     }
-    rules = {"laser": Rule(gap=arguments.gap, extra=6, target=arguments.target), "kept": Rule()}
-    result: dict[str, dict[str, dict[str, float]]] = {}
+    moves = Thresholds.of(model, Rule(gap=arguments.gap, extra=6, target=arguments.target))
+    modes: dict[str, Callable[[], Any]] = {
+        "deciding": lambda: installed(model, moves, routing=Deciding),
+        "laser": lambda: installed(model, moves),
+        "kept": lambda: installed(model, Thresholds.of(model, Rule())),
+    }
+    result: dict[str, dict[str, Any]] = {}
     for name, work in text.items():
-        result[name] = {key: paired(model, work, Thresholds.of(model, r), arguments.pairs) for key, r in rules.items()}
+        result[name] = {mode: paired(model, work, routing, arguments.pairs) for mode, routing in modes.items()}
+        result[name]["experts"] = [experts_met(model, work, None), experts_met(model, work, modes["laser"])]
         console.note(f"{name}: {result[name]}")
     console.table(
         f"Time with LASER / without, {path}, {arguments.threads} thread(s), {cpu_name()}",
-        ("", "without, ms", "with / without", "moved", "kept / without"),
+        ("", "without, ms", "deciding", "laser", "kept", "moved", "experts"),
         [
-            (name, f"{row['laser']['ms']:.2f}", f"{row['laser']['ratio']:.3f}", f"{row['laser']['moved']:.1%}",
-             f"{row['kept']['ratio']:.3f}")
+            (
+                name,
+                f"{row['laser']['ms']:.2f}",
+                *(f"{row[mode]['ratio']:.3f}" for mode in modes),
+                f"{row['laser']['moved']:.1%}",
+                "{:.1f} -> {:.1f}".format(*row["experts"]),
+            )
             for name, row in result.items()
         ],
-    )  # fmt: skip
+    )
     console.last_line(
         {
             "model": str(path),

@@ -8,8 +8,8 @@ instead of experts where there is a plan; the denominator stays). `all` is the L
 increase is relative to the untouched model on the same windows, with one standard error over windows.
 
     untouched
-    floor            the least that is possible while every token keeps its strongest expert: the busiest expert by first
-                     choices alone, on the untouched model's scores (top-1 models: not given)
+    floor            the least that is possible while every token keeps its strongest expert: the busiest expert by
+                     first choices alone, on the untouched model's scores (of no meaning for a top-1 model)
     laser            thresholds calibrated to `--bound`; a token's strongest expert is always kept
     laser, any       the same, where it may be given up too
     joint            a joint plan at budget 1.0, from the same calibration text
