@@ -8,7 +8,7 @@ For the joint plan at budget 1.0 and for every expert in int8:
     load        seconds of `from_pretrained`, and of the first forward (512 tokens) after it, in which kernels may still
                 pack their weights; against the same of the untouched checkpoint. A fresh process for each load, in turn
                 A B C A B C; files are in the page cache. Imports are not counted.
-    memory      resident bytes of that process after a malloc_trim, less what it held before loading (when it had run the
+    memory      resident bytes of that process after a malloc_trim, less what it held before loading (it had run the
                 untouched demo model and dropped it: libraries are no part of a model); after loading or after the first
                 forward, whichever is more; over the plan's bytes plus the bytes of the rest of the model. Pages of
                 mapped weight files count as resident, as the system counts them.
