@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from equipoise.rerouting import laser, load_laser, save_laser
     from equipoise.runtime import apply
     from equipoise.runtime.balancer import StreamingBalancer
+    from equipoise.telemetry import Telemetry
     from equipoise.types import LayerPlan, Plan, Profile, Slot
 
 _WHERE = {
@@ -41,6 +42,7 @@ _WHERE = {
     "Profile": "types",
     "Slot": "types",
     "StreamingBalancer": "runtime.balancer",
+    "Telemetry": "telemetry",
     "apply": "runtime",
     "apply_checkpoint": "checkpoint",
     "calibrate_laser": "rerouting",

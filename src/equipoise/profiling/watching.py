@@ -72,7 +72,9 @@ class Load:
 def _count(counter: torch.Tensor | None, index: torch.Tensor, real: torch.Tensor | None, size: int) -> torch.Tensor:
     """Add the selections of real rows to a counter of [size + 1]; the last entry takes what does not count."""
     if counter is None:
-        counter = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
+        # One made in inference mode could not be added to outside of it.
+        with torch.inference_mode(False):
+            counter = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
     if real is not None:
         index = index.masked_fill(~real[:, None], size)
     flat = index.reshape(-1).long()

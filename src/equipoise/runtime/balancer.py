@@ -2,12 +2,17 @@
 
     with eq.StreamingBalancer(model) as balancer:     # a model with a plan (eq.apply, or a balanced checkpoint)
         model.generate(**batch)                       # from any number of threads
-    balancer.moves
+    balancer.telemetry()
 
 Every `window` tokens the policy (`equipoise.streaming.policies`) decides anew how many slots each expert gets, and
 spare slots move. The first slot of each expert, its primary, never moves and keeps the precision it was calibrated
 to; a spare slot keeps its place, its precision and its bytes and gets another expert's weights, made from that
 expert's primary.
+
+Spare slots are memory, and memory comes out of a plan: at the original bytes there is room for them only where some
+experts hold less than their original precision, and which of them can is what a profile says. So a model without a
+plan is balanced with `replicas=R, profile=P`: a joint plan of exactly R spare slots a layer within `budget` is made
+and applied in place. It is refused, with the figures, where the budget has no room for them.
 
 How a slot moves without memory beyond the plan's is in `live_layer`. A step runs in the thread whose forward completed
 the window, after the last MoE layer of that forward; the others go on, each call of a layer on the map it began with.
@@ -26,42 +31,46 @@ from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from equipoise.errors import InputError
-from equipoise.models.families import MoELayer, Routing, find_layers
-from equipoise.profiling import watch
-from equipoise.runtime import plan_of
+from equipoise.models.families import MoELayer, find_layers
+from equipoise.profiling.live_windows import LiveWindow, LiveWindows
+from equipoise.runtime.application import apply
+from equipoise.runtime.install import plan_of
 from equipoise.runtime.live_layer import LiveLayer
 from equipoise.streaming.options import AdaptiveOptions
 from equipoise.streaming.policies import Adaptive, Filled, Policy
-from equipoise.types import IntArray
+from equipoise.types import IntArray, Profile
 
 History = Literal["adaptive", "long", "short"]
-PARTS = 8
-"""Parts in which a window is observed: the last tokens say most about the next window."""
 
 
 class StreamingBalancer:
     """Moves a balanced model's replicas to where its live load goes. A context manager; see the module.
 
     Args:
-        model: with a plan that has spare slots.
+        model: with a plan that has spare slots; or without a plan, to be given one in place (`replicas`, `profile`).
         history: `adaptive`, or the paper's option 1 (`long`: all windows so far) or 2 (`short`: the last one).
         window: tokens a step.
         options: of the adaptive policy.
         drain_seconds: how long to wait for a forward to leave a slot before a move is given up.
+        replicas: R, spare slots of each layer: of the plan that is made, or that the model's own plan must have.
+        profile: of this model without a plan, from `equipoise.profile`; what the plan of R replicas is made from.
+        budget: bytes of that plan, as a multiple of the original expert bytes; 1.0 when not given.
 
     Attributes:
         steps: decisions so far.
-        moves: slots moved.
+        moved: int64 [L] slots moved in each layer.
         moved_bytes: bytes written for them.
         seconds: time spent deciding and moving.
-        failures: what went wrong, one line each.
+        missed: windows that were over while a step was under way, and decided nothing.
+        failures: what went wrong, one line each (the last 100).
+        windows: the live load, `equipoise.profiling.live_windows`.
 
     Raises:
-        InputError: the model has no plan or no spare slot, or an option is wrong.
+        InputError: the model has no plan or no spare slot, there is no room for replicas, or an option is wrong. The
+            model is then as it was.
     """
 
     def __init__(
@@ -71,22 +80,26 @@ class StreamingBalancer:
         window: int = 512,
         options: AdaptiveOptions | None = None,
         drain_seconds: float = 60.0,
+        *,
+        replicas: int | None = None,
+        profile: Profile | None = None,
+        budget: float | None = None,
     ) -> None:
         if history not in get_args(History):
             raise InputError(f"history: {history!r} is not one of {', '.join(get_args(History))}")
         if options is not None and history != "adaptive":
             raise InputError(f"options are of the adaptive policy: leave them out with history {history!r}")
-        if window < 1:
-            raise InputError(f"window is a number of tokens and must be at least 1, got {window}")
-        if plan_of(model) is None:
-            raise InputError("the model has no plan: give it one with spare slots first (equipoise.apply)")
+        self.windows = LiveWindows(model, window, self._window_over)
+        _make_room(model, replicas, profile, budget)
         self.model, self.window = model, window
-        self.steps = self.moves = self.moved_bytes = 0
+        self.steps = self.moved_bytes = self.missed = 0
         self.seconds = 0.0
         self.failures: list[str] = []
+        self.failed = 0
         self._drain_seconds = drain_seconds
         found = find_layers(model)
         self._shape = (len(found), found[0].num_experts)
+        self.moved: IntArray = np.zeros(len(found), dtype=np.int64)
         self._live = {row: LiveLayer(layer) for row, layer in enumerate(found) if _balanced(layer)}
         spare = np.array([len(self._live[row].spare) if row in self._live else 0 for row in range(len(found))])
         if not spare.any():
@@ -99,9 +112,13 @@ class StreamingBalancer:
         else:
             self._policy = Filled(spare, 1.0 if history == "long" else 0.0)
         self._stepping = threading.Lock()
-        self._counting = threading.Lock()
         self._hooks = ExitStack()
         self._open = False
+
+    @property
+    def moves(self) -> int:
+        """Slots moved so far, all layers."""
+        return int(self.moved.sum())
 
     @property
     def slots(self) -> IntArray:
@@ -126,18 +143,17 @@ class StreamingBalancer:
         quantizer: Any = self.model.hf_quantizer
         quantizer.is_serializable = lambda *_, **__: False
         self._hooks.callback(delattr, quantizer, "is_serializable")
-        self._load = self._hooks.enter_context(watch(self.model, self._observer))
-        self._tokens = self._window_tokens = 0
-        self._parts: list[IntArray] = []
-        self._seen = self._load.counts
         for live in self._live.values():
             for handle in (
                 live.module.register_forward_pre_hook(live.traffic.enter, prepend=True),
                 live.module.register_forward_hook(live.traffic.leave, always_call=True),
             ):
                 self._hooks.callback(handle.remove)
-        last = find_layers(self.model)[-1].experts
-        self._hooks.callback(last.register_forward_hook(self._after).remove)
+        # After the layers' own hooks: the forward that steps has left its last layer by then, and does not wait for
+        # itself.
+        self._hooks.enter_context(self.windows)
+        if isinstance(self._policy, Adaptive):
+            self._policy.placed(self.slots)  # opened again: the plan's own, whatever was in place before
         self._open = True
         return self
 
@@ -181,30 +197,22 @@ class StreamingBalancer:
         with self._stepping:
             self._step(parts.astype(np.float64))
 
-    def _observer(self, row: int, _layer: MoELayer, routing: Routing, real: torch.Tensor | None) -> None:
-        if row == 0:
-            with self._counting:
-                self._tokens += len(routing.index) if real is None else int(real.sum())
+    def telemetry(self) -> dict[str, Any]:
+        """What it has done and how the load lies, as a plain dict: see `equipoise.telemetry`."""
+        from equipoise.telemetry.readings import read
 
-    def _after(self, *_: Any) -> None:
-        """After the last layer of a forward: close parts and windows that are full."""
-        window = None
-        with self._counting:
-            if self._tokens * PARTS >= self.window:
-                now = self._load.counts
-                self._parts.append(now - self._seen)
-                self._seen = now
-                self._window_tokens += self._tokens
-                self._tokens = 0
-                if self._window_tokens >= self.window:
-                    window, self._parts, self._window_tokens = np.stack(self._parts), [], 0
+        return read(self.windows, self)
+
+    def _window_over(self, window: LiveWindow) -> None:
         # A step that another thread is at is not waited for: this window then goes unseen.
-        if window is not None and self._stepping.acquire(blocking=False):
-            try:
-                if self._open:
-                    self._step(window.astype(np.float64))
-            finally:
-                self._stepping.release()
+        if not self._stepping.acquire(blocking=False):
+            self.missed += 1
+            return
+        try:
+            if self._open:
+                self._step(window.parts.astype(np.float64))
+        finally:
+            self._stepping.release()
 
     def _step(self, parts: np.ndarray) -> None:
         begin = time.perf_counter()
@@ -216,14 +224,46 @@ class StreamingBalancer:
                 for row, live in self._live.items():
                     for slot, expert in live.changes(wanted[row]):
                         self.moved_bytes += live.move(slot, expert, self._drain_seconds)
-                        self.moves += 1
+                        self.moved[row] += 1
         except Exception as error:  # serving goes on with the map that is in place
-            self.failures.append(f"step {self.steps}: {type(error).__name__}: {error}")
+            self.failed += 1
+            self.failures = [*self.failures[-99:], f"step {self.steps}: {type(error).__name__}: {error}"]
             warnings.warn(f"replicas stay as they are: {self.failures[-1]}", RuntimeWarning, stacklevel=2)
         finally:
             if isinstance(self._policy, Adaptive):
                 self._policy.placed(self.slots)
             self.seconds += time.perf_counter() - begin
+
+
+def _make_room(model: PreTrainedModel, replicas: int | None, profile: Profile | None, budget: float | None) -> None:
+    """See to it that the model has a plan with spare slots: its own, or one of so many replicas, applied here."""
+    own = plan_of(model)
+    if replicas is not None and (isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1):
+        raise InputError(f"replicas is a number of spare slots a layer and must be at least 1, got {replicas!r}")
+    if own is not None:
+        if profile is not None or budget is not None:
+            raise InputError("the model has a plan already, in which its room is spoken for: leave profile and budget "
+                             "out, or load the original model")  # fmt: skip
+        spare = sorted({len(layer.slots) - layer.num_experts for layer in own.layers})
+        if replicas is not None and spare != [replicas]:
+            raise InputError(
+                f"the model's plan has {' to '.join(map(str, dict.fromkeys((spare[0], spare[-1]))))} spare slots a "
+                f"layer, not {replicas}: leave replicas out to use them, or load the original model"
+            )
+        return
+    if replicas is None:
+        raise InputError(
+            "the model has no plan, so no room for replicas: give it one (equipoise.apply), or give replicas and the "
+            "model's profile here"
+        )
+    if profile is None:
+        raise InputError(
+            f"room for {replicas} replicas a layer comes from experts that can bear lower precision, which a profile "
+            "tells: give profile=equipoise.profile(model, batches)"
+        )
+    from equipoise.planning import plan
+
+    apply(model, plan(profile, replicas=replicas, budget=1.0 if budget is None else budget))
 
 
 def _balanced(layer: MoELayer) -> bool:
