@@ -26,7 +26,7 @@ COMMANDS: dict[str, str] = {
     "export": "Write a plan's placement for SGLang, TensorRT-LLM or vllm-ascend.",
     "import": "Turn an engine's expert statistics into a profile.",
     "laser": "Calibrate routing by score distribution and load (LASER), and measure it on held-out text.",
-    "stream": "Replay traces as a stream with the online balancer and the policies it is measured against.",
+    "stream": "Replay a model's load on a text, or traces, with the online balancer and what it is measured against.",
 }
 """Command -> its line in `equipoise --help`. Its module is `equipoise.cli.<name>_command`, which has `command`."""
 
