@@ -156,8 +156,9 @@ def test_wrong_calls():
     free = Thresholds.of(model, FREE)
     with pytest.raises(InputError, match="not both"), eq.laser(model, free, calibration=batches()):
         pass
-    with pytest.raises(InputError, match="calibration batches"), eq.laser(model, free, max_loss_increase=0.1):
-        pass
+    for wrong in ({"max_loss_increase": 0.1}, {"keep_strongest": False}):
+        with pytest.raises(InputError, match="calibration batches"), eq.laser(model, free, **wrong):
+            pass
     with pytest.raises(InputError, match="window"), eq.laser(model, free, window=-1):
         pass
     with pytest.raises(InputError, match="already"), eq.laser(model, free), eq.laser(model, free):
@@ -186,3 +187,14 @@ def test_threads_share_a_model():
             thread.join()
     assert all(torch.equal(got[i], wanted[i]) for i in range(len(inputs)))
     assert routing.tokens[0] == sum(int(one["attention_mask"].sum()) for one in inputs)
+
+
+def test_the_strongest_may_go_where_it_is_asked_for():
+    model = FAMILIES["mixtral"]()
+    texts = batches(4, 6)
+    keeps = {}
+    for keep in (True, False):
+        with eq.laser(model, calibration=texts, max_loss_increase=1.0, keep_strongest=keep) as routing:
+            keeps[keep] = {rule.keep for rule in routing.thresholds.rules if not rule.keeps}
+    assert keeps[True] == {1}
+    assert 0 in keeps[False]

@@ -221,6 +221,7 @@ def laser(
     *,
     calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
     max_loss_increase: float | None = None,
+    keep_strongest: bool = True,
     window: int = WINDOW,
 ) -> Iterator[Laser]:
     """Route by score distribution and load inside the block (arXiv 2510.03293).
@@ -234,6 +235,8 @@ def laser(
         thresholds: from `calibrate` or `load_laser`. None: calibrated here, or those stored beside the checkpoint.
         calibration: batches to calibrate on (dicts with input_ids, attention_mask).
         max_loss_increase: relative, of the loss on the calibration text; 0.005 when not given.
+        keep_strongest: every token keeps its strongest expert. That sets a floor to what balance can be had (the
+            busiest expert by first choices alone); False lets the calibration give it up where that pays.
         window: tokens after which an earlier batch's load counts half; 0: only the batch in flight counts.
 
     Raises:
@@ -244,11 +247,15 @@ def laser(
 
     if thresholds is not None and calibration is not None:
         raise InputError("laser: give thresholds or calibration text, not both")
-    if calibration is None and max_loss_increase is not None:
-        raise InputError("laser: max_loss_increase is for calibration: give calibration batches too")
+    if calibration is None and (max_loss_increase is not None or not keep_strongest):
+        raise InputError(
+            "laser: max_loss_increase and keep_strongest are for calibration: give calibration batches too"
+        )
     if calibration is not None:
         bound = MAX_LOSS_INCREASE if max_loss_increase is None else max_loss_increase
-        thresholds = calibrate(model, list(calibration), max_loss_increase=bound, window=window).thresholds
+        thresholds = calibrate(
+            model, list(calibration), max_loss_increase=bound, keep_strongest=keep_strongest, window=window
+        ).thresholds
     elif thresholds is None:
         thresholds = load_laser(model)
     with installed(model, thresholds, window) as routing:
