@@ -202,7 +202,7 @@ def draw_blocks(blocks: list[dict[str, Any]], path: Path) -> None:
     """Speed of each variant by T: a panel for each shape and number of threads; the line at 1 is the best baseline."""
     shapes = list(dict.fromkeys(b["shape"] for b in blocks))
     threads = sorted({b["threads"] for b in blocks})
-    figure = Figure(figsize=(4.2 * len(shapes), 3.2 * len(threads)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(4.4 * len(shapes), 0.4 + 3 * len(threads)), dpi=110, layout="constrained")
     axes = figure.subplots(len(threads), len(shapes), squeeze=False)
     for block in blocks:
         axis = axes[threads.index(block["threads"])][shapes.index(block["shape"])]
@@ -218,5 +218,5 @@ def draw_blocks(blocks: list[dict[str, Any]], path: Path) -> None:
     for row in axes:
         row[0].set_ylabel("speed / best of transformers")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path)
