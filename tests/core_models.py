@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,18 @@ def batch(rows: int = 4, length: int = 12, seed: int = 0) -> dict[str, torch.Ten
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def random_slots(seed: int) -> list[Slot]:
-    """1 to 3 slots an expert of any precision; shares even or not."""
+ANY = ("original", "int8", "int8_weight_only", "float16")
+PACKABLE = ANY[:3]
+"""What a bfloat16 model holds in packed weights."""
+
+
+def random_slots(seed: int, precisions: Sequence[str] = ANY) -> list[Slot]:
+    """1 to 3 slots an expert of the precisions; shares even or not."""
     draw = np.random.default_rng(seed)
     slots = []
     for expert in range(EXPERTS):
         parts = draw.integers(1, 5, draw.integers(1, 4))
-        names = draw.choice(["original", "int8", "float16"], len(parts))
+        names = draw.choice(list(precisions), len(parts)).tolist()
         slots += [Slot(expert, name, 0, float(p / parts.sum())) for name, p in zip(names, parts, strict=True)]
     return slots
 

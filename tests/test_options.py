@@ -24,7 +24,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (PlanOptions, {"preset": "best"}, "preset: 'best' is not one of joint, paper"),
     (PlanOptions, {"strategy": "none"}, "strategy: 'none' is not one of rq, quantize-only"),
     (PlanOptions, {"importance": "loss"}, "importance: 'loss' is not one of error, wanda, frequency, random"),
-    (PlanOptions, {"low_precision": "int4"}, "low precision: 'int4' is not one of int8, float16"),
+    (PlanOptions, {"low_precision": "int4"}, "low precision: 'int4' is not one of int8, int8_weight_only, float16"),
     (PlanOptions, {"budget": 0.0}, "budget is a multiple"),
     (PlanOptions, {"budget": -1.0}, "budget is a multiple"),
     (PlanOptions, {"budget": math.nan}, "budget is a multiple"),

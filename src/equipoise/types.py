@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-Precision = Literal["original", "int8", "float16"]
+Precision = Literal["original", "int8", "int8_weight_only", "float16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 """`original` is the dtype of the checkpoint; the others are formats of `equipoise.formats`."""
 
@@ -69,7 +69,7 @@ class Slot:
 
     Attributes:
         expert: routed (logical) expert it holds a copy of.
-        precision: `original`, `int8` or `float16`.
+        precision: `original`, `int8` (W8A8), `int8_weight_only` (W8A16) or `float16`.
         rank: device under expert parallelism; 0 when there is one device.
         share: fraction of the expert's tokens this slot takes; shares of an expert sum to 1.
     """

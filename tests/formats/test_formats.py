@@ -25,7 +25,7 @@ def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
 def test_every_precision_has_a_format():
     assert set(FORMATS) == set(PRECISIONS)
     assert all(get_format(name).name == name for name in PRECISIONS)
-    with pytest.raises(KeyError, match="'int4' is not one of original, int8, float16"):
+    with pytest.raises(KeyError, match="'int4' is not one of original, int8, int8_weight_only, float16"):
         get_format("int4")
 
 

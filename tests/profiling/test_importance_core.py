@@ -75,14 +75,13 @@ class Recorder:
 
 
 def run_expert(layer: Any, x: torch.Tensor, e: int, precision: str) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-    def get(name: str) -> torch.Tensor:
-        (weight,) = [w for w in layer.layout.weights if w.name == name]
-        form = get_format(precision if weight.quantizable else "original")
-        stored = form.encode(layer.layout.expert(name, e).detach(), weight.out_axis)
-        return form.decode(stored, weight.out_axis, x.dtype)
+    def linear(name: str, rows: torch.Tensor) -> torch.Tensor:
+        weight, form = layer.layout.weight(name), get_format(precision)
+        y = form.linear(rows, form.encode(layer.layout.expert(name, e).detach(), weight.out_axis), weight.out_axis)
+        return y if weight.bias is None else y + layer.layout.expert(weight.bias, e).detach()
 
     with torch.no_grad():
-        y, inner = layer.layout.compute(x[None], get)
+        y, inner = layer.layout.compute(x[None], linear)
     return y[0].double().numpy(), {name: v[0] for name, v in inner.items()}
 
 

@@ -10,6 +10,7 @@ from equipoise.formats import get_format
 from equipoise.models import MoELayer, find_layers
 from equipoise.runtime import apply
 from equipoise.runtime.experts import slots_forward
+from equipoise.types import Slot
 from families.families_support import make_plan
 from tiny import EXPERTS, FAMILIES
 
@@ -30,13 +31,13 @@ def one_by_one(
             slot = table.layer.slots[int(slots[t, j])]
             assert slot.expert == index[t, j]
 
-            def get(name: str, expert: int = slot.expert, precision: str = slot.precision) -> torch.Tensor:
-                (weight,) = [w for w in original.layout.weights if w.name == name]
-                form = get_format(precision if weight.quantizable else "original")
-                stored = form.encode(original.layout.expert(name, expert).detach(), weight.out_axis)
-                return form.decode(stored, weight.out_axis, hidden.dtype)
+            def linear(name: str, x: torch.Tensor, slot: Slot = slot) -> torch.Tensor:
+                weight, form = original.layout.weight(name), get_format(slot.precision)
+                stored = form.encode(original.layout.expert(name, slot.expert).detach(), weight.out_axis)
+                y = form.linear(x, stored, weight.out_axis)
+                return y if weight.bias is None else y + original.layout.expert(weight.bias, slot.expert).detach()
 
-            y, _ = original.layout.compute(hidden[t : t + 1], get)
+            y, _ = original.layout.compute(hidden[t : t + 1], linear)
             out[t] += (weights[t, j] * y[0]).to(out.dtype)
     return out
 

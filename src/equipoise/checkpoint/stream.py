@@ -29,11 +29,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from equipoise.checkpoint.memory import frugal_memory, release
 from equipoise.checkpoint.source import INDEX, StoredWeights, find_targets, names_by_layer
 from equipoise.errors import InputError
 from equipoise.files.atomic import atomic_directory, require_destination
 from equipoise.files.plan_json import check_plan, plan_to_json
+from equipoise.memory import frugal_memory, release
 from equipoise.models.families import MoELayer, find_layers
 from equipoise.models.loading import ModelSource, empty_model, find_source, progress_bars
 from equipoise.progress import Track, quietly

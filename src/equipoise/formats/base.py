@@ -68,3 +68,21 @@ class Format(Protocol):
     def decode(self, stored: Mapping[str, torch.Tensor], out_axis: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight the stored tensors stand for, in `dtype`."""
         ...
+
+    def linear(self, x: torch.Tensor, stored: Mapping[str, torch.Tensor], out_axis: int) -> torch.Tensor:
+        """The format's own arithmetic, in plain operations: what a kernel must compute.
+
+        Args:
+            x: [rows, in].
+            stored: of one slot.
+            out_axis: of the weight.
+
+        Returns:
+            [rows, out] in the dtype of `x`.
+        """
+        ...
+
+
+def plain_linear(x: torch.Tensor, weight: torch.Tensor, out_axis: int) -> torch.Tensor:
+    """[rows, in] times a weight [out, in] (`out_axis` -2) or [in, out] (-1)."""
+    return torch.nn.functional.linear(x, weight) if out_axis == -2 else x @ weight

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from equipoise.errors import InputError
-from equipoise.formats.base import Part, largest
+from equipoise.formats.base import Part, largest, plain_linear
 
 
 class Original:
@@ -29,6 +29,10 @@ class Original:
     def decode(self, stored: Mapping[str, torch.Tensor], out_axis: int, dtype: torch.dtype) -> torch.Tensor:
         """The same tensor, in `dtype`."""
         return stored[""].to(dtype)
+
+    def linear(self, x: torch.Tensor, stored: Mapping[str, torch.Tensor], out_axis: int) -> torch.Tensor:
+        """In the dtype of `x`."""
+        return plain_linear(x, self.decode(stored, out_axis, x.dtype), out_axis)
 
 
 class Float16:
@@ -58,3 +62,7 @@ class Float16:
     def decode(self, stored: Mapping[str, torch.Tensor], out_axis: int, dtype: torch.dtype) -> torch.Tensor:
         """Cast to the compute dtype."""
         return stored[""].to(dtype)
+
+    def linear(self, x: torch.Tensor, stored: Mapping[str, torch.Tensor], out_axis: int) -> torch.Tensor:
+        """In the dtype of `x`: the weight alone is rounded."""
+        return plain_linear(x, self.decode(stored, out_axis, x.dtype), out_axis)

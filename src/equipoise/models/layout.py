@@ -17,8 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from equipoise.formats import plain_linear
+
 Get = Callable[[str], torch.Tensor]
 """Name of a weight -> the tensor of the expert at hand."""
+
+Linear = Callable[[str, torch.Tensor], torch.Tensor]
+"""Name of a weight and its input [rows, in] -> [rows, out], bias included."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Weight:
         dtype: as in the checkpoint.
         quantizable: False for biases, which every slot keeps as they are.
         matrices: rows of the out axis of each matrix that the weight fuses (gate and up are two).
+        bias: name of its bias, which is a weight of its own; None without.
     """
 
     name: str
@@ -40,6 +46,7 @@ class Weight:
     dtype: torch.dtype
     quantizable: bool
     matrices: tuple[slice, ...] = (slice(None),)
+    bias: str | None = None
 
 
 class ExpertsLayout(ABC):
@@ -67,13 +74,27 @@ class ExpertsLayout(ABC):
         """Whether a parameter of the module, balanced or not, belongs to its experts (a norm after them does not)."""
         return any(weight.name in name for weight in self.weights)
 
+    def weight(self, name: str) -> Weight:
+        """The weight called `name`."""
+        return next(weight for weight in self.weights if weight.name == name)
+
+    def linear(self, get: Get) -> Linear:
+        """The products of one expert whose tensors `get` gives by name, in plain operations."""
+
+        def product(name: str, x: torch.Tensor) -> torch.Tensor:
+            weight = self.weight(name)
+            y = plain_linear(x, get(name), weight.out_axis)
+            return y if weight.bias is None else y + get(weight.bias)
+
+        return product
+
     @abstractmethod
-    def compute(self, x: torch.Tensor, get: Get) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """One expert on its rows.
+    def compute(self, x: torch.Tensor, linear: Linear) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Experts on their rows.
 
         Args:
             x: [rows, H].
-            get: gives this expert's weights by name.
+            linear: gives the products with a weight; which expert's, for which row, is its own matter.
 
         Returns:
             y [rows, H] before the routing weight, and the input of each quantizable weight by name.
@@ -105,7 +126,8 @@ class FusedLayout(ExpertsLayout):
             if name == "gate_up_proj":
                 half = shape[out_axis] // 2
                 matrices = (slice(0, half), slice(half, None)) if module.is_concatenated else _INTERLEAVED
-            weights.append(Weight(name, shape, out_axis, parameter.dtype, quantizable, matrices))
+            bias = f"{name}_bias" if quantizable and module.has_bias else None
+            weights.append(Weight(name, shape, out_axis, parameter.dtype, quantizable, matrices, bias))
         super().__init__(module, module.get_parameter(self.up).shape[0], tuple(weights))
 
     @staticmethod
@@ -123,20 +145,15 @@ class FusedLayout(ExpertsLayout):
         for weight in self.weights:
             delattr(self.module, weight.name)
 
-    def compute(self, x: torch.Tensor, get: Get) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def compute(self, x: torch.Tensor, linear: Linear) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Up, gate, down, and the norm after the expert where the family has one."""
         module = self.module
-        hidden = self._linear(x, get, self.up)
+        hidden = linear(self.up, x)
         inner = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-        y = self._linear(inner, get, self.down)
+        y = linear(self.down, inner)
         if module.has_post_expert_norm:
             y = module.post_expert_norm(y)
         return y, {self.up: x, self.down: inner}
-
-    def _linear(self, x: torch.Tensor, get: Get, name: str) -> torch.Tensor:
-        weight = get(name)
-        y = x @ weight if self.module.is_transposed else nn.functional.linear(x, weight)
-        return y + get(f"{name}_bias") if self.module.has_bias else y
 
 
 class SwitchLayout(ExpertsLayout):
@@ -165,11 +182,11 @@ class SwitchLayout(ExpertsLayout):
         for e in range(self.num_experts):
             del self.module[f"expert_{e}"]
 
-    def compute(self, x: torch.Tensor, get: Get) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def compute(self, x: torch.Tensor, linear: Linear) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """wi, activation, wo."""
         # Dropout is left out: a balanced model is for inference.
-        inner = self.act(nn.functional.linear(x, get("wi")))
-        return nn.functional.linear(inner, get("wo")), {"wi": x, "wo": inner}
+        inner = self.act(linear("wi", x))
+        return linear("wo", inner), {"wi": x, "wo": inner}
 
 
 LAYOUTS: tuple[type[FusedLayout] | type[SwitchLayout], ...] = (FusedLayout, SwitchLayout)

@@ -36,7 +36,7 @@ from equipoise.types import FloatArray, IntArray, Plan, Profile
 
 _NO_ORDER = np.empty(0, dtype=np.int64)
 
-SEVERITY = {"int8": 0.05, "float16": 0.005}
+SEVERITY = {"int8": 0.05, "int8_weight_only": 0.05, "float16": 0.005}
 """LIS that holding every expert at this precision is worth (the exchange rate at quality_weight 1)."""
 
 
@@ -62,9 +62,11 @@ def plan_joint(profile: Profile, options: PlanOptions, previous: Plan | None = N
         return low_slots(slots, int(choice.units[i]), problems[i].cost, problems[i].most_low)
 
     place_by = [placement_load(rows) for rows in load]
+    windows = windows_of(profile, options.robust_windows) if options.ranks > 1 else None
     return finish(
-        profile, options, sizes, replicas, low, limit, "joint", predicted, load=place_by, previous=previous, lower=lower
-    )
+        profile, options, sizes, replicas, low, limit, "joint", predicted,
+        load=place_by, previous=previous, lower=lower, windows=windows,
+    )  # fmt: skip
 
 
 def quality_cost(profile: Profile, options: PlanOptions, sizes: Sizes) -> FloatArray:

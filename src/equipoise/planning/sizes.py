@@ -16,7 +16,7 @@ from equipoise.errors import InputError
 from equipoise.options import PlanOptions
 from equipoise.types import IntArray, Precision, Profile
 
-_BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+_BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int8_weight_only": 1}
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,18 @@ def slot_sizes(profile: Profile, options: PlanOptions) -> Sizes:
     if profile.expert_bytes:
         if options.expert_bytes is not None:
             raise InputError("expert-bytes is for traces that carry no sizes; this profile has them: leave it out")
-        for name in ("original", low):
+        # The two int8 formats store the same tensors.
+        stored = "int8" if low == "int8_weight_only" and low not in profile.expert_bytes else low
+        for name in ("original", stored):
             if name not in profile.expert_bytes:
                 known = ", ".join(sorted(profile.expert_bytes))
                 raise InputError(
                     f"the profile has no expert_bytes_{name} (it has {known}): choose another low precision"
                 )
-        for name in ("original", low):
+        for name in ("original", stored):
             if float(profile.expert_bytes[name].max()) * profile.counts.size > 2**55:
                 raise InputError(f"expert_bytes_{name} adds up to more than 32 pebibytes: not the size of a model")
-        return Sizes(low, profile.expert_bytes["original"], profile.expert_bytes[low])
+        return Sizes(low, profile.expert_bytes["original"], profile.expert_bytes[stored])
     wide, narrow = _BYTES_OF.get(dtype, 2 * _BYTES_OF[low]), _BYTES_OF[low]
     if narrow >= wide:
         raise InputError(f"{low} is no smaller than the model's own {dtype}: choose another low precision")

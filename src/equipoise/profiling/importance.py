@@ -61,18 +61,18 @@ class ImportanceMeter:
             def original(name: str, e: int = e) -> torch.Tensor:
                 return layout.expert(name, e).detach()
 
-            y, inputs = layout.compute(x, original)
+            y, inputs = layout.compute(x, layout.linear(original))
             for name, values in inputs.items():
                 squares = values.float().square().sum(0)
                 key = (row, e, name)
                 self._squares[key] = self._squares[key] + squares if key in self._squares else squares
-            lowered = {
-                w.name: form.decode(form.encode(original(w.name), w.out_axis), w.out_axis, hidden.dtype)
-                if w.quantizable
-                else original(w.name)
-                for w in layout.weights
-            }
-            low, _ = layout.compute(x, lowered.__getitem__)
+
+            def lowered(name: str, rows: torch.Tensor, get: Get = original) -> torch.Tensor:
+                w = layout.weight(name)
+                product = form.linear(rows, form.encode(get(name), w.out_axis), w.out_axis)
+                return product if w.bias is None else product + get(w.bias)
+
+            low, _ = layout.compute(x, lowered)
             self._error[row, e] += float((weight * (y.float() - low.float())).square().sum())
             total.index_add_(0, tokens, weight * y.float())
         self._energy[row] += float(total.square().sum())

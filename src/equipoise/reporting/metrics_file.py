@@ -48,7 +48,7 @@ def _absent(value: Any) -> Any:
 
 # JSON has no tuples; strict mode would refuse the list that stands for one.
 Interval = Annotated[Annotated[tuple[Finite, Finite], Field(strict=False)] | None, BeforeValidator(_absent)]
-PrecisionName = Literal["original", "int8", "float16"]
+PrecisionName = Literal["original", "int8", "int8_weight_only", "float16"]
 
 
 class _Strict(BaseModel):

@@ -35,6 +35,7 @@ ROLES: dict[str, tuple[str, str]] = {
     "after": ("#2a78d6", "#4a95ec"),
     "original": ("#7b8794", "#8d98a5"),
     "int8": ("#1a9c70", "#22a97b"),
+    "int8_weight_only": ("#0f7a55", "#5fd0a8"),
     "float16": ("#5b4bc4", "#978cf0"),
     "replicated": ("#2a78d5", "#4a95ec"),
     "quantized": ("#1a9c71", "#22a97b"),

@@ -12,6 +12,7 @@ from equipoise.errors import InputError
 from equipoise.files.plan_json import check_plan, plan_to_json
 from equipoise.models.families import find_layers
 from equipoise.runtime.install import check_fits, check_weights, dispatch, fill_layer, plan_of
+from equipoise.runtime.packing import pack_layer
 from equipoise.runtime.registration import EquipoiseConfig, EquipoiseQuantizer
 from equipoise.types import Plan
 
@@ -35,6 +36,7 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         check_weights(layer, layer_plan)
     for layer, layer_plan in changed:
         fill_layer(layer, layer_plan)
+        pack_layer(layer)
     finish(model, plan)
     return model
 

@@ -2,9 +2,9 @@
 
     y[t] = sum_j w[t, j] * f_{slot(t, j)}(x[t])        slot = SlotTable.assign(top-k experts)
 
-Selections are sorted by slot once, each slot computes its rows, results go back to [T, k, H] and are summed over
-k in one reduction (no atomics: the same on every device). Lower precisions are decoded to the compute dtype for
-each call: right on every device; fast kernels are a matter of their own.
+Selections are sorted by slot once, each slot computes its rows, results are summed over k in one reduction (no
+atomics: the same on every device). 16-bit models on a CPU with matrix instructions run on packed weights
+(`kernels.cpu`); everything else runs the formats' plain arithmetic, which says what the kernels must give.
 A layer that the plan left as it was keeps its own parameters and runs the implementation it had before.
 """
 
@@ -18,6 +18,8 @@ from torch import nn
 from equipoise.formats import get_format
 from equipoise.models.families import read_routing
 from equipoise.models.layout import ExpertsLayout
+from equipoise.runtime.kernels import cpu
+from equipoise.runtime.kernels.packed import PackedWeight
 from equipoise.runtime.slots import SlotTable
 from equipoise.types import LayerPlan
 
@@ -35,19 +37,41 @@ class Slots:
         self.layout = layout
         self.table = SlotTable(layer)
 
+    def stored(self, name: str, precision: str, suffix: str = "") -> torch.Tensor:
+        """A stored tensor, [slots of the precision, ...]; biases are `original` and stacked over all slots."""
+        # Not get_parameter, which splits and checks the path at each call.
+        return self.layout.module._parameters[stored_name(name, precision, suffix)]  # type: ignore[no-any-return]
+
+    def _where(self, name: str, slot: int) -> tuple[str, int]:
+        """Precision a weight of a slot is held in, and its place among the stored ones."""
+        quantizable = self.layout.weight(name).quantizable
+        return (self.table.precision[slot], self.table.pool_index[slot]) if quantizable else ("original", slot)
+
+    def read(self, name: str, slot: int) -> dict[str, torch.Tensor]:
+        """The stored tensors of one slot by suffix, plain; those of packed weights are copies."""
+        precision, place = self._where(name, slot)
+        weight = self.layout.weight(name)
+        out = {}
+        for part in get_format(precision).parts(weight.shape, weight.out_axis, weight.dtype):
+            stored = self.stored(name, precision, part.suffix)
+            out[part.suffix] = stored.slot(place) if isinstance(stored, PackedWeight) else stored[place]
+        return out
+
+    @torch.no_grad()
+    def write(self, name: str, slot: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Replace the stored tensors of one slot, in its own precision."""
+        precision, place = self._where(name, slot)
+        for suffix, tensor in tensors.items():
+            stored = self.stored(name, precision, suffix)
+            if isinstance(stored, PackedWeight):
+                stored.replace(place, tensor)
+            else:
+                stored[place].copy_(tensor)
+
     def weight(self, name: str, slot: int, dtype: torch.dtype) -> torch.Tensor:
         """Weight `name` of a slot, decoded to `dtype`."""
-        weight = next(w for w in self.layout.weights if w.name == name)
-        precision = self.table.precision[slot] if weight.quantizable else "original"
-        # Biases are stacked over all slots.
-        place = self.table.pool_index[slot] if weight.quantizable else slot
-        form = get_format(precision)
-        module = self.layout.module
-        stored = {
-            part.suffix: getattr(module, stored_name(name, precision, part.suffix))[place]
-            for part in form.parts(weight.shape, weight.out_axis, weight.dtype)
-        }
-        return form.decode(stored, weight.out_axis, dtype)
+        form = get_format(self._where(name, slot)[0])
+        return form.decode(self.read(name, slot), self.layout.weight(name).out_axis, dtype)
 
 
 def stored_name(weight: str, precision: str, suffix: str) -> str:
@@ -65,8 +89,30 @@ def slots_forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weigh
         weights: [T, k] routing weights.
 
     Returns:
-        [T, H] in the dtype of `hidden`.
+        [T, H] in the dtype of `hidden`. A backward pass through it is an error: balanced models are for inference.
     """
+    if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
+        return _ForInference.apply(hidden, weights, slots, index)  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return (cpu.forward if cpu.is_ready(slots, hidden) else plain_forward)(slots, hidden, index, weights)
+
+
+class _ForInference(torch.autograd.Function):
+    """The forward of models that are called with gradients on; nobody asked for them yet."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weights: torch.Tensor, slots: Slots, index: torch.Tensor
+    ) -> torch.Tensor:
+        return slots_forward(slots, hidden, index, weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> Any:
+        raise RuntimeError("experts balanced by equipoise are for inference: train the original model")
+
+
+def plain_forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`slots_forward` in tensor operations: any device, any dtype."""
     rows, k = index.shape
     slot = slots.table.assign(index).reshape(-1)
     order = torch.argsort(slot, stable=True)
@@ -80,15 +126,19 @@ def slots_forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weigh
         if counts[s]:
             where = order[begin : begin + counts[s]]
 
-            def get(name: str, s: int = s) -> torch.Tensor:
-                return slots.weight(name, s, hidden.dtype)
+            def linear(name: str, rows: torch.Tensor, s: int = s) -> torch.Tensor:
+                weight = slots.layout.weight(name)
+                form = get_format(slots.table.precision[s])
+                y = form.linear(rows, slots.read(name, s), weight.out_axis)
+                return y if weight.bias is None else y + slots.read(weight.bias, s)[""]
 
-            y, _ = slots.layout.compute(x[begin : begin + counts[s]], get)
+            y, _ = slots.layout.compute(x[begin : begin + counts[s]], linear)
             out[where] = y * flat_weights[where, None]
             begin += counts[s]
     return out.view(rows, k, hidden.shape[-1]).sum(dim=1).to(hidden.dtype)
 
 
+@torch.compiler.disable
 def experts_forward(module: nn.Module, *arguments: Any, **keywords: Any) -> torch.Tensor:
     """What is registered as `experts_implementation="equipoise"`."""
     slots: Slots | None = getattr(module, "equipoise_slots", None)

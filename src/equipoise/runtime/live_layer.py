@@ -24,7 +24,7 @@ from equipoise.errors import InputError
 from equipoise.formats import get_format
 from equipoise.models.families import MoELayer
 from equipoise.runtime import slot_bytes
-from equipoise.runtime.experts import Slots, stored_name
+from equipoise.runtime.experts import Slots
 from equipoise.types import IntArray
 
 
@@ -125,20 +125,14 @@ class LiveLayer:
     @torch.no_grad()
     def write(self, slot: int, expert: int) -> None:
         """Write an expert's weights into a slot that serves nobody, from the expert's primary."""
-        table, layout, primary = self.original.table, self.original.layout, self.primary[expert]
-        for weight in layout.weights:
-            target = table.precision[slot] if weight.quantizable else "original"
-            source = table.precision[primary] if weight.quantizable else "original"
-            form = get_format(target)
-            to, came = (table.pool_index[s] if weight.quantizable else s for s in (slot, primary))
-            if source == target:
-                for part in form.parts(weight.shape, weight.out_axis, weight.dtype):
-                    stored = self.module.get_parameter(stored_name(weight.name, target, part.suffix))
-                    stored[to].copy_(stored[came])
+        table, primary = self.original.table, self.primary[expert]
+        for weight in self.original.layout.weights:
+            if not weight.quantizable or table.precision[slot] == table.precision[primary]:
+                self.original.write(weight.name, slot, self.original.read(weight.name, primary))
             else:
                 decoded = self.original.weight(weight.name, primary, weight.dtype)
-                for suffix, tensor in form.encode(decoded, weight.out_axis).items():
-                    self.module.get_parameter(stored_name(weight.name, target, suffix))[to].copy_(tensor)
+                encoded = get_format(table.precision[slot]).encode(decoded, weight.out_axis)
+                self.original.write(weight.name, slot, encoded)
 
     def changes(self, counts: IntArray) -> list[tuple[int, int]]:
         """(spare slot, its new expert) that lead to so many slots of each expert, fewest moves."""

@@ -60,6 +60,13 @@ class EquipoiseQuantizer(HfQuantizer):
                 _spare_block(model, layer.name)
         dispatch(model)
 
+    def _process_model_after_weight_loading(self, model: Any, **keywords: Any) -> Any:
+        from equipoise.models.families import find_layers
+        from equipoise.runtime.packing import pack_layers
+
+        pack_layers(find_layers(model))
+        return model
+
     def is_serializable(self) -> bool:
         """Balanced models save as they are."""
         return True

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from equipoise.runtime.kernels.rows import sort_by_slot
 from equipoise.types import LayerPlan
 
 LONGEST = 256
@@ -84,6 +85,8 @@ class SlotTable:
             pool = self.pools.setdefault(name, [])
             self.pool_index.append(len(pool))
             pool.append(s)
+        # Slots in the order of the pools, then the sentinel: rows sorted so are together by precision.
+        self._position = np.argsort(np.array([s for pool in self.pools.values() for s in pool] + [self.num_slots]))
         by_expert: list[list[int]] = [[] for _ in range(layer.num_experts)]
         for s, slot in enumerate(layer.slots):
             by_expert[slot.expert].append(s)
@@ -124,6 +127,22 @@ class SlotTable:
         twin = SlotTable(self.layer)
         twin._set_patterns([np.array(slots, dtype=np.int64) for slots in by_expert])
         return twin
+
+    def sort(self, index: torch.Tensor) -> tuple[torch.Tensor, np.ndarray, list[int]]:
+        """Rows of a batch on the CPU, sorted by slot in the order of the pools; the same assignment as `assign`.
+
+        Args:
+            index: int64 [T, k] experts; E marks a dropped selection.
+
+        Returns:
+            tokens int64 [T*k], kept rows first; place int64 [T*k] of each selection among the rows, -1 when dropped;
+            rows of each slot, in the order of the pools.
+        """
+        flat = index.reshape(-1).numpy()
+        tokens, place = np.empty(len(flat), np.int64), np.empty(len(flat), np.int64)
+        counts = np.empty(self.num_slots + 1, np.int64)
+        sort_by_slot(flat, *self._arrays, self._position, tokens, place, counts, index.shape[1])
+        return torch.from_numpy(tokens), place, counts[:-1].tolist()
 
     def assign(self, index: torch.Tensor) -> torch.Tensor:
         """Slot of each selection.

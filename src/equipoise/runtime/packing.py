@@ -1,0 +1,63 @@
+"""Packing the slots of a model for the CPU it is on, once, when the model has got them.
+
+A weight is packed where its dtype has matrix instructions on this processor and the model computes in bfloat16;
+elsewhere it stays a plain tensor and the plain path runs. One log line says which.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from equipoise.memory import frugal_memory
+from equipoise.models.families import MoELayer
+from equipoise.runtime.experts import Slots, stored_name
+from equipoise.runtime.kernels.packed import PackedWeight, can_pack, instructions
+
+_log = logging.getLogger("equipoise")
+
+
+def pack_layer(layer: MoELayer) -> bool:
+    """Pack the slots of one layer where they can be; whether they are. Working memory: one weight of the layer."""
+    module: Any = layer.experts
+    slots: Slots | None = getattr(module, "equipoise_slots", None)
+    if slots is None or slots.layout.dtype != torch.bfloat16 or "float16" in slots.table.pools:
+        return False
+    weights = [weight for weight in slots.layout.weights if weight.quantizable]
+    found = [(w, stored_name(w.name, precision, "")) for w in weights for precision in slots.table.pools]
+    tensors = [module._parameters[name] for _, name in found]
+    if not all(t.device.type == "cpu" and can_pack(t.dtype) for t in tensors):
+        return False
+    del tensors
+    for weight, name in found:
+        if not isinstance(module._parameters[name], PackedWeight):
+            packed = PackedWeight.pack(module._parameters[name], weight.out_axis)
+            module._parameters[name] = nn.Parameter(packed, requires_grad=False)
+    if _plain_state not in module._state_dict_hooks.values():
+        module.register_state_dict_post_hook(_plain_state)
+    return True
+
+
+def pack_layers(layers: list[MoELayer]) -> None:
+    """Pack all layers and say what will run."""
+    with frugal_memory():
+        packed = sum(pack_layer(layer) for layer in layers)
+    slots = sum(hasattr(layer.experts, "equipoise_slots") for layer in layers)
+    if packed:
+        _log.info("experts of %d of %d layers packed for oneDNN (%s)", packed, len(layers), instructions())
+    if slots > packed:
+        _log.info(
+            "experts of %d layers run in plain operations: packed weights need a bfloat16 model on a CPU with AVX512 "
+            "or AMX matrix instructions",
+            slots - packed,
+        )
+
+
+def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A checkpoint holds plain tensors."""
+    for name, parameter in module._parameters.items():
+        if isinstance(parameter, PackedWeight) and f"{prefix}{name}" in state:
+            state[f"{prefix}{name}"] = parameter.unpack()
