@@ -7,7 +7,16 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-COLOURS = {"greedy": "#9aa5b1", "eplb": "#d1495b", "ours": "#33658a", "robust": "#33658a", "bound": "#2a9d5c"}
+COLOURS = {
+    "greedy": "#9aa5b1",
+    "eplb": "#d1495b",
+    "ours": "#33658a",
+    "guarded": "#33658a",
+    "robust": "#8fb8de",
+    "bound": "#2a9d5c",
+}
+
+LABELS = {"eplb": "EPLB", "guarded": "ours", "robust": "ours, guard 0"}
 
 
 def draw_redundancy(rows: list[dict], path: Path) -> None:
@@ -17,7 +26,7 @@ def draw_redundancy(rows: list[dict], path: Path) -> None:
     axes = figure.subplots(2, len(ranks), sharex=True, squeeze=False)
     lines = (
         ("in", ("greedy", "eplb", "ours"), "in sample"),
-        ("out", ("greedy", "eplb", "robust"), "held out"),
+        ("out", ("greedy", "eplb", "guarded", "robust"), "held out"),
     )
     for column, g in enumerate(ranks):
         for row, (kind, names, label) in enumerate(lines):
@@ -30,7 +39,7 @@ def draw_redundancy(rows: list[dict], path: Path) -> None:
                 ]
                 axes[row, column].plot(
                     [100 * a for a in amounts], means, "o-", color=COLOURS[name],
-                    label={"eplb": "EPLB", "robust": "ours (windows)"}.get(name, name),
+                    label=LABELS.get(name, name),
                 )  # fmt: skip
             if kind == "in":
                 means = [np.exp(np.mean([np.log(r["bound"]) for r in here if r["redundancy"] == a])) for a in amounts]
@@ -57,20 +66,28 @@ def _filled(rows: list[dict]) -> list[dict]:
 
 
 def draw_sizes(rows: list[dict], path: Path) -> None:
-    """Seconds a plan against slots, one line a number of layers, and L S log S through the smallest."""
-    figure = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
+    """Seconds a plan against L S log2 S, one line a series, and straight proportion through the smallest."""
+    figure = Figure(figsize=(7.2, 4.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for layers in sorted({r["layers"] for r in rows}):
-        here = [r for r in rows if r["layers"] == layers]
-        axes.loglog([r["slots"] for r in here], [r["seconds"] for r in here], "o-", label=f"{layers} layers")
-        first = here[0]
-        unit = first["seconds"] / (first["slots"] * np.log2(first["slots"]))
-        axes.loglog(
-            [r["slots"] for r in here], [unit * r["slots"] * np.log2(r["slots"]) for r in here], "k:", alpha=0.5
-        )
-    axes.set_xlabel("slots a layer (experts 64 to 1024, ranks 8 to 512)")
+    for series in {r["series"]: None for r in rows}:
+        here = [r for r in rows if r["series"] == series]
+        work = [r["layers"] * r["slots"] * np.log2(r["slots"]) for r in here]
+        of = ", ".join(f"{_range(here, key)} {key}" for key in ("layers", "experts", "ranks"))
+        label = series + ": " + of
+        axes.loglog(work, [r["seconds"] for r in here], "o-", label=label)
+    least = min(rows, key=lambda r: r["layers"] * r["slots"])
+    work = np.array(sorted(r["layers"] * r["slots"] * np.log2(r["slots"]) for r in rows))
+    unit = least["seconds"] / (least["layers"] * least["slots"] * np.log2(least["slots"]))
+    axes.loglog(work, unit * work, "k:", alpha=0.6, label="linear")
+    axes.set_xlabel("L S log2 S  (layers, slots a layer)")
     axes.set_ylabel("seconds to place all layers")
-    axes.set_title("Cost against size; dotted: L S log S through the smallest")
+    axes.set_title("Cost against size")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(fontsize=7)
     figure.savefig(path)
+
+
+def _range(rows: list[dict], key: str) -> str:
+    """Smallest to largest of a column."""
+    low, high = min(r[key] for r in rows), max(r[key] for r in rows)
+    return str(low) if low == high else f"{low}-{high}"

@@ -68,6 +68,8 @@ class PlanOptions:
         quality_weight: how much predicted quality loss weighs against imbalance in `joint`.
         slot_weight: how much LIS a doubling of a layer's slots must be worth in `joint` (0: fill the budget).
         robust_windows: plan on at most so many windows of the profile, shrunk for their size (1: only its total).
+        guard: standard errors by which a plan from windows must beat EPLB's on windows left out; else a layer is placed
+            on ranks as EPLB does (0: never ask, inf: always EPLB). Not with group-limited or preset `paper`.
         seed: of everything random.
     """
 
@@ -77,7 +79,7 @@ class PlanOptions:
     importance: ImportanceName | None = None
     wanda_low_is_important: bool = True
     strategy: Strategy = "rq"
-    low_precision: Literal["int8", "float16"] | None = None
+    low_precision: Literal["int8", "int8_weight_only", "float16"] | None = None
     replicas: int | None = None
     ranks: int = 1
     nodes: int = 1
@@ -89,6 +91,7 @@ class PlanOptions:
     quality_weight: float = 1.0
     slot_weight: float = 0.7
     robust_windows: int = 16
+    guard: float = 2.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,7 +100,7 @@ class PlanOptions:
         if self.importance is not None:
             one_of("importance", self.importance, get_args(ImportanceName))
         if self.low_precision is not None:
-            one_of("low precision", self.low_precision, ("int8", "float16"))
+            one_of("low precision", self.low_precision, ("int8", "int8_weight_only", "float16"))
         if self.budget is not None and not 0 < self.budget < 1000:
             raise InputError(
                 f"budget is a multiple of the original expert bytes and must be above 0, got {self.budget}"
@@ -119,6 +122,8 @@ class PlanOptions:
             if not 0 <= getattr(self, name) < 1e6:
                 raise InputError(f"{name.replace('_', '-')} must be in [0, 1e6), got {getattr(self, name)}")
         at_least("robust-windows", self.robust_windows, 1)
+        if not self.guard >= 0:
+            raise InputError(f"guard is a number of standard errors, 0 or more (or inf), got {self.guard}")
         at_least("seed", self.seed, 0)
 
 

@@ -102,6 +102,7 @@ def finish(
     load: Sequence[FloatArray],
     previous: Plan | None,
     lower: Callable[[int, IntArray], IntArray] | None = None,
+    windows: FloatArray | None = None,
 ) -> Plan:
     """Place on ranks when there are several, build the plan, and say what it predicts.
 
@@ -117,13 +118,17 @@ def finish(
         load: of each layer [W, E], the windows it is planned on.
         previous: a plan in place, whose slots should stay.
         lower: chooses the low slots of a layer anew when placement changed its replica counts; None: it may not.
+        windows: [W, L, E] tokens, by which the guard judges whether `load` places better than the total.
     """
     counts = profile.counts.astype(np.float64)
     known = {"lis": 0.0, "lis_before": mean_lis(counts, np.ones_like(replicas)), **predicted}
     if previous is not None:
         require_same_cluster(previous, profile, options.ranks)
     if options.ranks > 1:
-        layouts = place_model(load, replicas, options, transfers=lower is not None, previous=previous)
+        measured = None if windows is None else (counts, windows)
+        layouts = place_model(
+            load, replicas, options, transfers=lower is not None, previous=previous, measured=measured
+        )
         low = low_slots.copy()
         for i, layout in enumerate(layouts):
             if lower is not None and (layout.replicas != replicas[i]).any():

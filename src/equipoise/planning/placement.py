@@ -232,10 +232,22 @@ def place_grouped(
         )
         table[node * here : (node + 1) * here] = np.append(members, experts)[part.table]
         replicas[members] = part.replicas
-    scaled = per_window(windows, ranks)
+    return Layout(table, replicas, window_imbalance(table, replicas, windows))
+
+
+def window_imbalance(table: IntArray, replicas: IntArray, windows: FloatArray) -> float:
+    """Mean over windows of max over mean of the ranks, shares even; 1 without load.
+
+    Args:
+        table: int64 [G, C] layout.
+        replicas: int64 [E] slots of each expert.
+        windows: [W, E] tokens.
+    """
+    if not windows.any():
+        return 1.0
+    scaled = per_window(windows, len(table))
     columns = np.ascontiguousarray(np.vstack([scaled.T, np.zeros(len(scaled))]))
-    top = float(objective(window_loads(table, columns, np.append(replicas, 1))))
-    return Layout(table, replicas, top if windows.any() else 1.0)
+    return float(objective(window_loads(table, columns, np.append(replicas, 1))))
 
 
 def _require_divisible(experts: int, slots: int, ranks: int, nodes: int, groups: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from equipoise.errors import InputError
 from equipoise.options import PlanOptions
 from equipoise.planning.churn import stay
+from equipoise.planning.guard import baseline, layers_won
 from equipoise.planning.placement import Layout, per_window, place_grouped, place_layer
 from equipoise.planning.shares import best_shares
 from equipoise.planning.sizes import Sizes
@@ -16,22 +17,32 @@ from equipoise.types import FloatArray, IntArray, Plan, Slot
 
 
 def place_model(
-    load: Sequence[FloatArray], replicas: IntArray, options: PlanOptions, *, transfers: bool, previous: Plan | None
+    load: Sequence[FloatArray],
+    replicas: IntArray,
+    options: PlanOptions,
+    *,
+    transfers: bool,
+    previous: Plan | None,
+    measured: tuple[FloatArray, FloatArray] | None = None,
 ) -> list[Layout]:
     """Place every layer.
 
     Args:
         load: of each layer [W, E] tokens or fractions in each window.
         replicas: int64 [L, E] slots of each expert.
-        options: ranks, nodes, group-limited and groups.
+        options: ranks, nodes, group-limited, groups and guard.
         transfers: whether replica counts may change (their sum a layer stays).
         previous: a plan whose slots should stay where they are as far as possible.
+        measured: tokens [L, E] in total and [W, L, E] in windows, for the guard (`guard`); None: it is not asked.
 
     Raises:
         InputError: fewer slots than ranks, or groups that cannot be divided.
     """
     layouts = []
     groups = options.groups or options.nodes
+    by_windows = np.ones(len(load), dtype=bool)
+    if measured is not None and transfers and not options.group_limited:
+        by_windows = layers_won(measured[1], replicas.sum(1), options.ranks, options.guard, options.seed)
     for i, rows in enumerate(load):
         slots = int(replicas[i].sum())
         if slots < options.ranks:
@@ -40,6 +51,8 @@ def place_model(
             layout = place_grouped(
                 rows, slots, options.ranks, options.nodes, groups, transfers=transfers, seed=options.seed
             )
+        elif measured is not None and not by_windows[i]:
+            layout = baseline(measured[0][i], rows, slots, options.ranks)
         else:
             layout = place_layer(rows, slots, options.ranks, start=replicas[i], transfers=transfers, seed=options.seed)
         if previous is not None:

@@ -1,0 +1,98 @@
+"""EPLB's plan of one layer, slot for slot: what a robust plan is measured against, and what is kept without evidence.
+
+DeepSeek's EPLB in its global mode (github.com/deepseek-ai/EPLB), as its description has it:
+
+    replicas   each further slot to the expert with the largest load / slots, the first of equals
+    packing    slots heaviest first, equals in the order in which they were made (experts 0..E-1, then replicas),
+               each on the least loaded rank that has room, the first of equals
+
+Ties fall as EPLB's do, so where its plan is a legal one here the layout is equal to it place by place. Two things are
+different by necessity. EPLB may put two slots of an expert on one rank: such a second slot is swapped off it where that
+is possible. And it knows no empty places: slots that do not divide by the ranks are packed as `packing.pack` does.
+
+Cost: O(R E + S G) a layer. Compiled.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from equipoise.planning.kernels import compiled
+from equipoise.planning.packing import pack, separate
+from equipoise.planning.total import fill_counts
+from equipoise.types import FloatArray, IntArray
+
+
+@compiled
+def replicate(load: FloatArray, slots: int) -> IntArray:
+    """Expert of each slot in the order in which EPLB makes them: int64 [S], experts 0..E-1 and then the replicas."""
+    experts = load.shape[0]
+    owner = np.empty(slots, dtype=np.int64)
+    owner[:experts] = np.arange(experts)
+    count = np.ones(experts, dtype=np.int64)
+    for s in range(experts, slots):
+        best = 0
+        for e in range(1, experts):
+            if load[e] / count[e] > load[best] / count[best]:
+                best = e
+        owner[s] = best
+        count[best] += 1
+    return owner
+
+
+@compiled
+def pack_in_order(weight: FloatArray, ranks: int) -> IntArray:
+    """Slot in each place of each rank, int64 [G, C], from the load of each slot [S], S divisible by G."""
+    slots = weight.shape[0]
+    places = slots // ranks
+    out = np.empty((ranks, places), dtype=np.int64)
+    if places == 1:
+        out[:, 0] = np.arange(slots)
+        return out
+    load, used = np.zeros(ranks), np.zeros(ranks, dtype=np.int64)
+    for s in np.argsort(-weight, kind="mergesort"):
+        best = -1
+        for g in range(ranks):
+            if used[g] < places and (best < 0 or load[g] < load[best]):
+                best = g
+        out[best, used[best]] = s
+        used[best] += 1
+        load[best] += weight[s]
+    return out
+
+
+@compiled
+def eplb(load: FloatArray, slots: int, ranks: int) -> tuple[IntArray, IntArray]:
+    """EPLB's layout of one layer, made legal where it is not.
+
+    Args:
+        load: [E] tokens of each expert.
+        slots: E + R on all ranks together.
+        ranks: G.
+
+    Returns:
+        Layout int64 [G, C] (E stands for an empty place) and slots of each expert int64 [E].
+    """
+    experts = load.shape[0]
+    counts = np.zeros(experts, dtype=np.int64)
+    if slots % ranks == 0:
+        owner = replicate(load, slots)
+        for e in owner:
+            counts[e] += 1
+    # More slots than ranks for one expert while others could have them would waste slots.
+    if slots % ranks != 0 or (counts.max() > ranks and slots <= experts * ranks):
+        counts = fill_counts(load, slots, ranks)
+        each = np.zeros(experts + 1)
+        each[:experts] = load / counts
+        table = pack(each, counts, ranks)
+        separate(table, each, experts)
+        return table, counts
+    each = np.zeros(experts + 1)
+    each[:experts] = load / counts
+    at = pack_in_order(each[owner], ranks)
+    table = np.empty_like(at)
+    for g in range(ranks):
+        for j in range(at.shape[1]):
+            table[g, j] = owner[at[g, j]]
+    separate(table, each, experts)
+    return table, counts

@@ -1,0 +1,147 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_joint_plan import profile_of
+
+from equipoise.errors import InputError
+from equipoise.planning import plan
+from equipoise.planning.baseline import eplb
+from equipoise.planning.guard import LEAST, convinced, layers_won, left_out
+from equipoise.planning.packing import holdings
+from equipoise.scoring import score
+
+spec = importlib.util.spec_from_file_location("eplb", Path(__file__).parents[2] / "benchmarks" / "planner" / "eplb.py")
+published = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(published)
+
+
+def table_of(layer, ranks):
+    """Experts of each rank, sorted."""
+    return [sorted(s.expert for s in layer.slots if s.rank == g) for g in range(ranks)]
+
+
+def alternating(seed, layers=4, steps=12, experts=32):
+    """Profile and later part of a stream in which other experts are busy in every second window."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.dirichlet(np.full(experts, 0.3), (2, layers))
+    series = np.array([[rng.multinomial(4000, p) for p in kinds[w % 2]] for w in range(2 * steps)])
+    return tuple(profile_of(part.sum(0), series=part) for part in (series[:steps], series[steps:]))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 2, 3, 17, 17, 250, 10**9]), min_size=2, max_size=16),
+    st.integers(1, 6),
+    st.integers(0, 3),
+)
+def test_the_baseline_is_eplb_place_by_place_where_that_is_legal(load, ranks, more):
+    n = np.array(load, dtype=float)
+    slots = (-(-len(n) // ranks) + more) * ranks
+    theirs = published.rebalance(n[None], slots, 1, 1, ranks)[0][0].reshape(ranks, -1)
+    table, counts = eplb(n, slots, ranks)
+    assert np.array_equal(np.bincount(table.ravel(), minlength=len(n)), counts)
+    assert counts.min() >= 1
+    if all(len(set(row)) == len(row) for row in theirs.tolist()):
+        assert np.array_equal(table, theirs)
+    elif slots <= len(n) * ranks and counts.max() <= ranks:
+        # Parted as far as single swaps can: no more second slots than EPLB leaves.
+        twice = (holdings(table, len(n))[:, : len(n)] > 1).sum()
+        assert twice < sum(len(row) - len(set(row)) for row in theirs.tolist())
+
+
+def test_slots_that_do_not_divide_by_the_ranks_are_placed_too():
+    table, counts = eplb(np.array([9.0, 5, 3, 2, 1]), 7, 3)
+    assert sorted((table < 5).sum(1).tolist()) == [2, 2, 3]
+    assert counts.sum() == 7
+    assert holdings(table, 5)[:, :5].max() == 1
+
+
+def test_an_infinite_guard_gives_eplb_and_none_gives_the_plan_from_windows():
+    head, _ = alternating(0)
+    theirs = published.rebalance(head.counts, 40, 1, 1, 8)[0].reshape(len(head.counts), 8, -1)
+    kept = plan(head, ranks=8, slots=40, guard=float("inf"))
+    legal = 0
+    for layer, table in zip(kept.layers, theirs.tolist(), strict=True):
+        if all(len(set(row)) == len(row) for row in table):
+            legal += 1
+            assert table_of(layer, 8) == [sorted(row) for row in table]
+    assert legal > 0
+    free = plan(head, ranks=8, slots=40, guard=0)
+    assert [table_of(a, 8) for a in free.layers] != [table_of(a, 8) for a in kept.layers]
+
+
+def test_a_gain_that_repeats_is_taken_and_holds():
+    head, tail = alternating(1)
+    guarded, free = plan(head, ranks=8, slots=40), plan(head, ranks=8, slots=40, guard=0)
+    assert guarded.layers == free.layers
+    kept = plan(head, ranks=8, slots=40, guard=float("inf"))
+    assert score(guarded, tail).means()["rank_imbalance"] < 0.98 * score(kept, tail).means()["rank_imbalance"]
+
+
+def test_windows_that_differ_by_chance_alone_do_not_convince():
+    rng = np.random.default_rng(2)
+    truth = rng.dirichlet(np.ones(32), 6)
+    series = np.array([[rng.multinomial(300, p) for p in truth] for _ in range(8)])
+    head = profile_of(series.sum(0), series=series)
+    kept = plan(head, ranks=8, slots=40, guard=float("inf"))
+    assert plan(head, ranks=8, slots=40).layers == kept.layers
+
+
+def test_too_little_to_judge_by_keeps_eplb():
+    rng = np.random.default_rng(3)
+    one = rng.integers(0, 500, (1, 3, 16)).astype(float)
+    assert left_out(one, np.full(3, 16), 4).shape == (0, 3)
+    small = np.zeros((4, 3, 16))
+    small[:, :, 0] = 16 * LEAST / 4
+    assert left_out(small, np.full(3, 16), 4).shape == (0, 3)
+    assert left_out(2 * small, np.full(3, 16), 4).shape == (2, 3)
+    assert not layers_won(one, np.full(3, 16), 4, 3.0).any()
+    # One layer cannot say how layers differ.
+    assert not convinced(np.full((4, 1), -0.5), 3.0).any()
+
+
+def test_blocks_and_layers_without_load_count_for_neither():
+    windows = np.random.default_rng(4).integers(1, 100, (4, 2, 8)).astype(float)
+    windows[:, 1] = 0
+    windows[2] = 0
+    gain = left_out(windows, np.full(2, 8), 2)
+    assert (gain[:, 1] == 0).all()
+    assert (gain[2] == 0).all()
+    assert np.isfinite(gain).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(2, 5).flatmap(
+        lambda layers: st.lists(
+            st.lists(st.floats(-0.3, 0.3), min_size=layers, max_size=layers), min_size=2, max_size=4
+        )
+    ),
+    st.floats(0, 5),
+    st.floats(0, 5),
+)
+def test_more_guard_never_lets_more_layers_through(rows, a, b):
+    gain = np.array(rows)
+    low, high = convinced(gain, min(a, b)), convinced(gain, max(a, b))
+    assert not (high & ~low).any()
+    assert convinced(gain, 0).all()
+    assert not convinced(gain, float("inf")).any()
+    assert not convinced(np.abs(gain), 1.0).any()
+
+
+def test_noise_in_one_layer_is_told_from_a_gain_of_all():
+    # The same mean of layer 0; in one case all layers agree with it, in the other it stands alone amid noise.
+    agree = np.tile([-0.05, -0.06, -0.05, -0.04], (4, 1)) + np.array([[0.01], [-0.01], [0.0], [0.0]])
+    assert convinced(agree, 3.0).all()
+    alone = np.array([[-0.3, 0.2, 0.1, 0.0], [0.2, -0.2, 0.0, 0.1], [-0.2, 0.1, -0.1, 0.1], [0.1, 0.0, 0.1, -0.1]])
+    assert not convinced(alone, 3.0).any()
+
+
+@pytest.mark.parametrize("guard", [-1.0, float("nan")])
+def test_a_guard_that_is_no_number_of_errors_is_refused(guard):
+    with pytest.raises(InputError, match="guard is a number of standard errors"):
+        plan(profile_of([[1, 2]]), guard=guard)
