@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from pathlib import Path
@@ -86,6 +87,27 @@ def test_replicas_are_seen():
     assert isinstance(layer.experts.equipoise_slots.table, SlotTable)
     # Expert 0's busiest slot takes three quarters of it; the ninth class is no expert.
     assert slot_divisor(find_layers(model)[0], EXPERTS + 1).tolist() == pytest.approx([4 / 3, *[1] * 7, float("inf")])
+
+
+def test_replicas_that_move_while_it_runs_are_seen():
+    model = FAMILIES["mixtral"]()
+    texts = batches(2, 6)
+    eq.apply(model, eq.plan(eq.profile(model, texts), replicas=1))
+    layer = find_layers(model)[0]
+    counts = np.bincount([slot.expert for slot in layer.experts.equipoise_slots.table.layer.slots])
+    twice, other = int(counts.argmax()), int(counts.argmin())
+    assert slot_divisor(layer, EXPERTS).tolist() == counts.tolist()
+    with installed(model, Thresholds.of(model, FREE)) as routing:
+        run(model, **texts[0])
+        # As a live balancer does it: the spare slot now serves another expert.
+        table = layer.experts.equipoise_slots.table
+        served = [[s for s, slot in enumerate(table.layer.slots) if slot.expert == e] for e in range(EXPERTS)]
+        served[other].append(served[twice].pop())
+        now = copy.copy(layer.experts.equipoise_slots)
+        now.table = table.rerouted(served)
+        layer.experts.equipoise_slots = now
+        run(model, **texts[0])
+        assert routing.layers[0]._slots.tolist() == [len(slots) for slots in served]
 
 
 def test_with_a_plan_it_beats_the_plan_alone():

@@ -87,6 +87,7 @@ class LayerRouting:
         self.tokens = 0
         self._padding = padding
         self._forwards = forwards
+        self._plan = _slots_of(layer)
         self._slots = slot_divisor(layer, classes)
         self._before = torch.zeros_like(self._slots)
         self._lock = threading.Lock()
@@ -100,6 +101,10 @@ class LayerRouting:
         if not len(index):
             return index
         real = self._padding.real_rows(len(index))
+        if _slots_of(self.layer) is not self._plan:
+            with self._lock:
+                self._plan = _slots_of(self.layer)
+                self._slots = slot_divisor(self.layer, len(self._slots)).to(self._slots.device)
         if self._slots.device != scores.device:
             with self._lock:
                 self._slots, self._before = self._slots.to(scores.device), self._before.to(scores.device)
@@ -134,13 +139,15 @@ def slot_divisor(layer: MoELayer, classes: int) -> torch.Tensor:
     """
     divisor = torch.ones(classes)
     divisor[layer.num_experts :] = torch.inf
-    balanced: Any = getattr(layer.experts, "equipoise_slots", None)
+    balanced = _slots_of(layer)
     if balanced is not None:
-        largest = np.zeros(layer.num_experts)
-        for slot in balanced.table.layer.slots:
-            largest[slot.expert] = max(largest[slot.expert], slot.share)
-        divisor[: layer.num_experts] = torch.from_numpy(1 / largest).float()
+        divisor[: layer.num_experts] = torch.from_numpy(1 / balanced.table.largest_shares()).float()
     return divisor
+
+
+def _slots_of(layer: MoELayer) -> Any:
+    """The slots that a plan gave the layer, None without one; a live balancer exchanges the object at each move."""
+    return vars(layer.experts).get("equipoise_slots")
 
 
 class Laser:

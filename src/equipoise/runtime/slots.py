@@ -117,6 +117,12 @@ class SlotTable:
         twin._arrays = self._arrays
         return twin
 
+    def largest_shares(self) -> np.ndarray:
+        """What part of an expert's tokens its busiest slot takes, now: float64 [E]."""
+        length, offset, pattern = self._arrays
+        parts = [pattern[o : o + n] for o, n in zip(offset[:-1], length[:-1], strict=True)]
+        return np.array([np.unique(part, return_counts=True)[1].max() / len(part) for part in parts])
+
     def rerouted(self, by_expert: list[list[int]]) -> SlotTable:
         """A table over the same storage in which other slots serve an expert, each an even share.
 
