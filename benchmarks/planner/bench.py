@@ -327,9 +327,6 @@ def main() -> int:
     figures: dict = {}
     document: dict = {}
     kept = arguments.out / "results.json" if arguments.out is not None else None
-    if arguments.only and kept is not None and kept.exists():
-        document = json.loads(kept.read_text())
-        figures = document.pop("summary")
     try:
         cases = list(traces(arguments.traces)) if arguments.only != "times" else []
     except InputError as error:
