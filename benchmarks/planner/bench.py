@@ -343,6 +343,10 @@ def main() -> int:
             found, rows = run()
             figures |= found
             document |= rows
+    if arguments.only and kept is not None and kept.exists():
+        before = json.loads(kept.read_text())
+        figures = before.pop("summary") | figures
+        document = before | document
     console.table(
         "Summary",
         ("figure", "value"),
