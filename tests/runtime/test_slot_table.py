@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core_cases import layer_slots
+from core_models import random_slots
 from equipoise.runtime.slots import LONGEST, SlotTable, share_pattern
 from equipoise.types import LayerPlan, Slot
+from tiny import EXPERTS
 
 
 def table(*slots: Slot) -> SlotTable:
@@ -133,3 +135,19 @@ def test_loads_add_up_on_a_large_batch():
     assert [loads[0] + loads[1], loads[2], loads[3] + loads[4]] == counts
     assert abs(loads[0] - 0.3 * counts[0]) < 1
     assert abs(loads[3] - loads[4]) <= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), masked=st.booleans())
+def test_counting_is_the_assignment_of_the_real_tokens(seed, masked):
+    draw = np.random.default_rng(seed)
+    layer = LayerPlan(0, "", EXPERTS, tuple(sorted(random_slots(seed), key=lambda s: s.expert)))
+    made = SlotTable(layer)
+    index = torch.from_numpy(draw.integers(0, EXPERTS + 1, (draw.integers(0, 30), 3)))
+    real = torch.from_numpy(draw.random(len(index)) < 0.7) if masked else None
+    experts, slots = np.ones(EXPERTS + 1, dtype=np.int64), np.ones(made.num_slots + 1, dtype=np.int64)
+    made.count(index, real, experts, slots)
+    kept = np.ones(len(index), dtype=bool) if real is None else real.numpy()
+    assert np.array_equal(experts - 1, np.bincount(index.numpy()[kept].ravel(), minlength=EXPERTS + 1))
+    wanted = np.bincount(made.assign(index).numpy()[kept].ravel(), minlength=made.num_slots + 1)
+    assert np.array_equal(slots - 1, wanted)

@@ -60,24 +60,48 @@ class Load:
     def add(self, row: int, routing: Routing, real: torch.Tensor | None) -> None:
         """Count one forward of one layer."""
         layer = self.layers[row]
-        self.top_k = routing.index.shape[1]
+        index = routing.index.long()
+        self.top_k = index.shape[1]
         balanced: Any = getattr(layer.experts, "equipoise_slots", None)
-        slots = None if balanced is None else balanced.table.assign(routing.index)
+        if index.device.type == "cpu":
+            with self._lock:
+                self._add_on_host(row, index, real, None if balanced is None else balanced.table)
+            return
+        slots = None if balanced is None else balanced.table.assign(index)
         with self._lock:
-            self._experts[row] = _count(self._experts[row], routing.index, real, layer.num_experts)
+            self._experts[row] = _count(self._experts[row], index, real, layer.num_experts)
             if slots is not None:
                 self._slots[row] = _count(self._slots[row], slots, real, balanced.table.num_slots)
+
+    def _add_on_host(self, row: int, index: torch.Tensor, real: torch.Tensor | None, table: Any) -> None:
+        """As `add` on the CPU, where a dozen tensor operations on a few rows cost more than the counting."""
+        size = self.layers[row].num_experts
+        experts = self._experts[row]
+        if experts is None:
+            experts = self._experts[row] = _zeros(index, size)
+        if table is None:
+            kept = index if real is None else index[real]
+            experts.numpy()[:] += np.bincount(kept.reshape(-1).numpy(), minlength=size + 1)
+            return
+        slots = self._slots[row]
+        if slots is None:
+            slots = self._slots[row] = _zeros(index, table.num_slots)
+        table.count(index, real, experts.numpy(), slots.numpy())
+
+
+def _zeros(index: torch.Tensor, size: int) -> torch.Tensor:
+    """A counter of [size + 1] on the device of `index`. One made in inference mode could not be added to elsewhere."""
+    with torch.inference_mode(False):
+        return torch.zeros(size + 1, dtype=torch.int64, device=index.device)
 
 
 def _count(counter: torch.Tensor | None, index: torch.Tensor, real: torch.Tensor | None, size: int) -> torch.Tensor:
     """Add the selections of real rows to a counter of [size + 1]; the last entry takes what does not count."""
     if counter is None:
-        # One made in inference mode could not be added to outside of it.
-        with torch.inference_mode(False):
-            counter = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
+        counter = _zeros(index, size)
     if real is not None:
         index = index.masked_fill(~real[:, None], size)
-    flat = index.reshape(-1).long()
+    flat = index.reshape(-1)
     return counter.scatter_add_(0, flat, torch.ones_like(flat))
 
 

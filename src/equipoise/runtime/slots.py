@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from equipoise.runtime.kernels.rows import sort_by_slot
+from equipoise.runtime.kernels.rows import count_by_slot, sort_by_slot
 from equipoise.types import LayerPlan
 
 LONGEST = 256
@@ -149,6 +149,19 @@ class SlotTable:
         counts = np.empty(self.num_slots + 1, np.int64)
         sort_by_slot(flat, *self._arrays, self._position, tokens, place, counts, index.shape[1])
         return torch.from_numpy(tokens), place, counts[:-1].tolist()
+
+    def count(self, index: torch.Tensor, real: torch.Tensor | None, experts: np.ndarray, slots: np.ndarray) -> None:
+        """Count a batch on the CPU; the same assignment as `assign`.
+
+        Args:
+            index: int64 [T, k] experts; E marks a dropped selection.
+            real: bool [T], tokens that count; None: all of them.
+            experts: int64 [E + 1], added to; the last entry takes what was dropped.
+            slots: int64 [S + 1], added to, likewise.
+        """
+        flat = index.reshape(-1).numpy()
+        counted = np.empty(0, np.bool_) if real is None else real.contiguous().numpy()
+        count_by_slot(flat, *self._arrays, counted, index.shape[1], experts, slots)
 
     def assign(self, index: torch.Tensor) -> torch.Tensor:
         """Slot of each selection.

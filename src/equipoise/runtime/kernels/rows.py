@@ -77,6 +77,29 @@ def sort_by_slot(index, length, offset, pattern, position, tokens, place, counts
 
 
 @_compiled
+def count_by_slot(index, length, offset, pattern, real, k, experts, slots):  # type: ignore[no-untyped-def]
+    """Add a batch's selections to counters of experts and slots; slots as `sort_by_slot` assigns them.
+
+    Args:
+        index: int64 [T*k] experts; E for a dropped selection.
+        length: int64 [E + 1] entries of each expert's pattern.
+        offset: int64 [E + 1] where the pattern begins.
+        pattern: int64, slots.
+        real: bool [T], tokens that count; empty: all of them. The others take their turn at the slots all the same.
+        k: selections a token.
+        experts: int64 [E + 1], added to.
+        slots: int64 [S + 1], added to.
+    """
+    seen = np.zeros(len(length), np.int64)
+    for i in range(len(index)):
+        e = index[i]
+        if len(real) == 0 or real[i // k]:
+            experts[e] += 1
+            slots[pattern[offset[e] + seen[e] % length[e]]] += 1
+        seen[e] += 1
+
+
+@_compiled
 def quantize(x, q, scale):  # type: ignore[no-untyped-def]
     """`formats.quantize_rows` of bfloat16 bits [n, in]: writes int8 q [n, in] and float32 scale [n]."""
     rows, width = x.shape
