@@ -53,11 +53,17 @@ def test_the_baseline_is_eplb_place_by_place_where_that_is_legal(load, ranks, mo
         assert twice < sum(len(row) - len(set(row)) for row in theirs.tolist())
 
 
-def test_slots_that_do_not_divide_by_the_ranks_are_placed_too():
-    table, counts = eplb(np.array([9.0, 5, 3, 2, 1]), 7, 3)
-    assert sorted((table < 5).sum(1).tolist()) == [2, 2, 3]
-    assert counts.sum() == 7
-    assert holdings(table, 5)[:, :5].max() == 1
+def test_more_slots_than_ranks_for_one_expert_are_given_to_others():
+    table, counts = eplb(np.array([1000.0, 1, 1, 1]), 8, 2)
+    assert counts.tolist() == [2, 2, 2, 2]
+    assert holdings(table, 4)[:, :4].max() == 1
+
+
+def test_slots_that_do_not_divide_by_the_ranks_have_no_eplb_plan_to_keep():
+    assert layers_won(np.ones((1, 2, 5)), np.array([7, 6]), 3, 3.0).tolist() == [True, False]
+    head = profile_of([[60, 20, 10, 10]])
+    plans = [plan(head, replicas=1, ranks=2, guard=guard).layers for guard in (0, 2.5, float("inf"))]
+    assert plans[0] == plans[1] == plans[2]
 
 
 def test_an_infinite_guard_gives_eplb_and_none_gives_the_plan_from_windows():

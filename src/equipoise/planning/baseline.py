@@ -6,9 +6,9 @@ DeepSeek's EPLB in its global mode (github.com/deepseek-ai/EPLB), as its descrip
     packing    slots heaviest first, equals in the order in which they were made (experts 0..E-1, then replicas),
                each on the least loaded rank that has room, the first of equals
 
-Ties fall as EPLB's do, so where its plan is a legal one here the layout is equal to it place by place. Two things are
-different by necessity. EPLB may put two slots of an expert on one rank: such a second slot is swapped off it where that
-is possible. And it knows no empty places: slots that do not divide by the ranks are packed as `packing.pack` does.
+Ties fall as EPLB's do, so where its plan is a legal one here the layout is equal to it place by place. EPLB may put two
+slots of an expert on one rank: such a second slot is swapped off it where that is possible; and where it gives an
+expert more slots than there are ranks, replicas and packing are those of `total` without swaps.
 
 Cost: O(R E + S G) a layer. Compiled.
 """
@@ -67,20 +67,19 @@ def eplb(load: FloatArray, slots: int, ranks: int) -> tuple[IntArray, IntArray]:
 
     Args:
         load: [E] tokens of each expert.
-        slots: E + R on all ranks together.
+        slots: E + R on all ranks together, divisible by them: EPLB has no plan otherwise.
         ranks: G.
 
     Returns:
-        Layout int64 [G, C] (E stands for an empty place) and slots of each expert int64 [E].
+        Layout int64 [G, C] and slots of each expert int64 [E].
     """
     experts = load.shape[0]
     counts = np.zeros(experts, dtype=np.int64)
-    if slots % ranks == 0:
-        owner = replicate(load, slots)
-        for e in owner:
-            counts[e] += 1
+    owner = replicate(load, slots)
+    for e in owner:
+        counts[e] += 1
     # More slots than ranks for one expert while others could have them would waste slots.
-    if slots % ranks != 0 or (counts.max() > ranks and slots <= experts * ranks):
+    if counts.max() > ranks and slots <= experts * ranks:
         counts = fill_counts(load, slots, ranks)
         each = np.zeros(experts + 1)
         each[:experts] = load / counts

@@ -12,7 +12,8 @@ layers as far as noise explains its distance (James-Stein; the noise v is what b
     s = between / (between + v),   post[l] = m + s (d[l] - m),   error^2 = s v + (1 - s)^2 var(d[l]) / L
 
 Layer l gets the plan from windows where  post[l] + q error < 0  and EPLB's elsewhere: also when there is too little to
-judge by (one window, one layer, blocks of less than `LEAST` selections an expert). q is as unlikely for Student's t
+judge by (one window, one layer, blocks of less than `LEAST` selections an expert). Where slots do not divide by the
+ranks EPLB has no plan, and the one from windows is taken. q is as unlikely for Student's t
 with L - 1 degrees of freedom as `guard` standard errors are for a normal error: few layers must agree better. A guard
 of 0 never asks; an infinite one always keeps EPLB's. How the default was chosen stands in docs/experiments.md.
 
@@ -44,7 +45,7 @@ def baseline(total: FloatArray, windows: FloatArray, slots: int, ranks: int) -> 
     Args:
         total: [E] tokens, what EPLB plans by.
         windows: [W, E] tokens or fractions.
-        slots: E + R on all ranks together.
+        slots: E + R on all ranks together, divisible by them.
         ranks: G.
     """
     table, replicas = eplb(np.ascontiguousarray(total, dtype=np.float64), slots, ranks)
@@ -58,7 +59,7 @@ def left_out(windows: FloatArray, slots: IntArray, ranks: int, seed: int = 0) ->
 
     Args:
         windows: [W, L, E] tokens.
-        slots: int64 [L] slots of each layer on all ranks together.
+        slots: int64 [L] slots of each layer on all ranks together, divisible by them.
         ranks: G.
         seed: as in `placement.place_layer`.
 
@@ -122,6 +123,9 @@ def layers_won(windows: FloatArray, slots: IntArray, ranks: int, guard: float, s
         guard: standard errors, at least 0.
         seed: as in `placement.place_layer`.
     """
-    if guard == 0 or math.isinf(guard):
-        return convinced(np.zeros((0, windows.shape[1])), guard)
-    return convinced(left_out(windows, slots, ranks, seed), guard)
+    won: npt.NDArray[np.bool_] = slots % ranks != 0
+    asked = np.flatnonzero(~won)
+    if guard == 0 or math.isinf(guard) or not len(asked):
+        return won | (guard == 0)
+    won[asked] = convinced(left_out(windows[:, asked], slots[asked], ranks, seed), guard)
+    return won
