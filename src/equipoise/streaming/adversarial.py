@@ -8,10 +8,10 @@ layer's heavy hitters, keeps the sequences that hit them most, and cuts them int
     kept     = the `keep` share of sequences with the largest hit, in the order of the text
     steps    = `steps` runs of kept sequences, as even in number as they can be
 
-That sentence is a summary, not a quotation; what it leaves open is decided here and is an option or stated: the hit is a share, so that a long
-sequence does not win by its length; one heavy hitter a layer (Algorithm 1 has one); a tenth is kept; the kept stay
-in the order of the text, so that MMLU's subjects follow one another as in the file. Heavy hitters and hits come from
-the same pass, as the choice is against this model and this text: in sample by intention.
+That sentence is a summary, not a quotation; what it leaves open is decided here and is an option or stated: the hit is
+a share, so that a long sequence does not win by its length; one heavy hitter a layer (Algorithm 1 has one); a tenth is
+kept; the kept stay in the order of the text, so that MMLU's subjects follow one another as in the file. Heavy hitters
+and hits come from the same pass, as the choice is against this model and this text: in sample by intention.
 
 Pure numpy; cost O(N L E).
 
