@@ -25,7 +25,12 @@ _DEFAULTS = EvalOptions()
 @click.option(
     "--max-loss-increase", type=float, default=0.005, show_default=True, help="Bound on calibration text, relative."
 )
-@click.option("--any", "give_up", is_flag=True, help="Tokens may give up their strongest expert too.")
+@click.option(
+    "--any",
+    "give_up",
+    is_flag=True,
+    help="Tokens may give up their strongest expert too; keeping it bounds the balance.",
+)
 @click.option("--seq-len", type=int, default=_DEFAULTS.seq_len, show_default=True, help="Tokens a window of text.")
 @click.option("--batch-size", type=int, default=_DEFAULTS.batch_size, show_default=True, help="Windows a forward pass.")
 @click.option("--max-tokens", type=int, default=16384, show_default=True, help="At most about so many of each part.")

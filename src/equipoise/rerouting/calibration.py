@@ -1,9 +1,10 @@
 """Thresholds a layer, from the distributions of its scores, so that the loss on calibration text stays in bounds.
 
-One pass of the untouched model surveys every layer. Candidates for its `gap` are quantiles of the distance between
-the k-th and the scores after it; `mass` is a quantile of the top-k's mass. For each gap and each target of a ladder the
-survey notes what the layer's busiest slot would carry (LIS) and how much score its tokens would give up, without
-giving up any. What a unit of score costs in a layer is measured (`sensitivity`, nats a token). Then
+One pass of the untouched model surveys every layer. Candidates for its `gap` and `mass` are a quantile of the distance
+between the k-th and the scores after it together with one of the top-k's mass, and no limit at all. For each of them
+and each target of a ladder the survey notes what the layer's busiest slot would carry (LIS) and how much score its
+tokens would give up, without giving up any. What a unit of score costs in a layer is measured (`sensitivity`, nats a
+token). Then
 
     minimise sum_l LIS_l(r_l)   subject to   sum_l sensitivity_l * lost_l(r_l) <= allowed        (`allotment`)
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 MAX_LOSS_INCREASE = 0.005
 TARGETS = tuple(round(1.15**j, 3) for j in range(10))
-GAP_QUANTILES = (0.65, 1.0)
+GAP_QUANTILE = 0.65
 MASS_QUANTILE = 0.98
 MEASURED_TARGET = 1.3
 """Where sensitivities are measured: a change of the size that bounds of half a percent allow."""
@@ -83,12 +84,10 @@ class Survey(LayerRouting):
         super().__init__(layer, rule, padding, forwards, classes, 0)
         self.nothing = rule
         # Where the strongest expert may go, the layer may still be better off keeping it.
-        self.rules = [
-            (q, target, keep) for keep in {1, rule.keep} for q in range(len(GAP_QUANTILES)) for target in TARGETS
-        ]
-        # LIS and lost score of the routing as it is, then of each rule; and the limits of the rules.
+        self.rules = [(wide, target, keep) for keep in {1, rule.keep} for wide in (False, True) for target in TARGETS]
+        # LIS and lost score of the routing as it is, then of each rule; and the limits of those that have any.
         self.sums = np.zeros((1 + len(self.rules), 2))
-        self.gaps = np.zeros(len(GAP_QUANTILES))
+        self.gap = 0.0
         self.mass = 0.0
 
     def choose(
@@ -106,9 +105,8 @@ class Survey(LayerRouting):
         top = p.topk(min(k + max(self.nothing.extra, 1), p.shape[1]), -1).values
         mass = top[:, :k].sum(-1).clamp(min=1e-20)
         distance = (top[:, k - 1 : k] - top[:, k:]) / mass[:, None]
-        gaps = distance.quantile(distance.new_tensor(GAP_QUANTILES))
-        limit = float(mass.quantile(MASS_QUANTILE).clamp(max=1))
-        self.gaps += gaps.double().cpu().numpy() * tokens
+        gap, limit = float(distance.quantile(GAP_QUANTILE)), float(mass.quantile(MASS_QUANTILE))
+        self.gap += gap * tokens
         self.mass += limit * tokens
         kept = p.gather(1, index).sum(-1)
 
@@ -118,8 +116,8 @@ class Survey(LayerRouting):
             return [busiest * self.layer.num_experts / (tokens * k), float(lost.mean())]
 
         self.sums[0] += np.array(outcome(index, own.load)) * tokens
-        for row, (q, target, keep) in enumerate(self.rules, start=1):
-            rule = replace(self.nothing, gap=min(float(gaps[q]), 1.0), mass=limit, target=target, keep=keep)
+        for row, (wide, target, keep) in enumerate(self.rules, start=1):
+            rule = self._rule(gap, limit, wide, target, keep)
             other = select(p, index, rule, self._slots, before)
             if other is not None:
                 self.sums[row] += np.array(outcome(other.index, other.load)) * tokens
@@ -135,8 +133,10 @@ class Survey(LayerRouting):
         """The rule of row `number` of `outcomes`."""
         if number == 0:
             return self.nothing
-        q, target, keep = self.rules[number - 1]
-        gap, mass = (min(float(value) / self.tokens, 1.0) for value in (self.gaps[q], self.mass))
+        return self._rule(self.gap / self.tokens, self.mass / self.tokens, *self.rules[number - 1])
+
+    def _rule(self, gap: float, mass: float, wide: bool, target: float, keep: int) -> Rule:
+        gap, mass = (1.0, 1.0) if wide else (min(gap, 1.0), min(mass, 1.0))
         return replace(self.nothing, gap=gap, mass=mass, target=target, keep=keep)
 
 
@@ -230,8 +230,9 @@ def calibrate(
     after, _, spent = trial(rules)
     if spent <= max_loss_increase:
         return outcome(rules, after)
+    middle = replace(nothing, gap=1.0, target=MEASURED_TARGET)
     for keep in weight:
-        weight[keep] = sensitivities(model, batches, middle(list(surveys.values()), nothing, keep), window)
+        weight[keep] = sensitivities(model, batches, replace(middle, keep=keep), window)
     # In nats as predicted; each trial says what one of them really costs.
     low, high = 0.0, thresholds(np.inf)[1]
     allowed = high * max_loss_increase / spent
@@ -252,9 +253,3 @@ def calibrate(
         # Rules come in steps, and trials scatter: what would leave the bracket is its middle.
         allowed = step if low < step < high else (low + high) / 2
     return best
-
-
-def middle(surveys: Sequence[Survey], nothing: Rule, keep: int) -> Rule:
-    """One rule for all layers at which sensitivities are measured: the widest gap, a target in the middle."""
-    gaps = [survey.gaps[-1] / survey.tokens for survey in surveys if survey.tokens]
-    return replace(nothing, gap=min(1.0, float(np.mean(gaps))) if gaps else 0.0, target=MEASURED_TARGET, keep=keep)
