@@ -1,0 +1,277 @@
+"""Is the reference model good enough to measure on? Every bar, with the dense model beside it.
+
+    python benchmarks/reference_moe/accept.py --moe reference-moe --dense dense --data ../shared/data --out DIR
+
+    accuracy     PIQA, HellaSwag, ARC-easy: at most 1.0 point below dense, each, by the task's own accuracy; paired 95 %
+                 intervals and the length-normalised accuracy beside it
+    perplexity   held-out documents of seven domains: better than dense in five of them
+    experts      each expert of some middle layers removed in turn (its router logit at minus infinity): loss of the
+                 held-out windows, paired; bar: the interval lies above 0 for most
+    routing      LIS by domain; bar: the heavy hitter differs between domains in most layers
+
+Each part is kept in DIR as soon as it is measured, under a name with the hash of what it was measured on, and is read
+from there the next time. The last stdout line is one JSON object. Both directories come from build.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import data
+import numpy as np
+import torch
+from ablation import removal_losses
+from answers import accuracy
+
+import equipoise as eq
+from equipoise.errors import InputError
+from equipoise.evaluation.data import Batch
+from equipoise.evaluation.paired import Measure, compare
+from equipoise.evaluation.perplexity import TextResult, evaluate_text, half_width, paired_difference
+from equipoise.files.atomic import atomic_file
+from equipoise.metrics import lis
+from equipoise.models.loading import load_model
+
+TASKS = ("piqa", "hellaswag", "arc_easy")
+LENGTH = 256
+PARTS = ("accuracy", "text", "removal")
+
+
+def held_out(tokenizer: Any, directory: Path, windows: int) -> list[Batch]:
+    """One batch of `windows` windows for each domain, from documents that training never saw."""
+    out = []
+    for domain in data.DOMAINS:
+        ids = torch.from_numpy(
+            data.held_out_windows(data.tokenized(directory, tokenizer, domain, True), LENGTH, windows)
+        )
+        out.append(Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, (domain,) * len(ids)))
+    return out
+
+
+def scored(model: Any, batches: Sequence[Batch]) -> dict[str, Any]:
+    """Loss of each window, and selections [domains, L, E] where there are experts to select."""
+    counts, losses = [], []
+    for batch in batches:
+        if hasattr(model.config, "num_local_experts"):
+            with eq.watch(model) as load:
+                losses.append(evaluate_text(model, small(batch)))
+            counts.append(np.asarray(load.counts).tolist())
+        else:
+            losses.append(evaluate_text(model, small(batch)))
+    return {
+        "nll": np.concatenate([result.nll for result in losses]).tolist(),
+        "tokens": np.concatenate([result.tokens for result in losses]).tolist(),
+        "domains": [name for result in losses for name in result.domains],
+        "counts": counts,
+    }
+
+
+def small(batch: Batch, rows: int = 8) -> list[Batch]:
+    """The same windows, a few at a time."""
+    return [
+        Batch({k: v[n : n + rows] for k, v in batch.items()}, batch.domains[n : n + rows])
+        for n in range(0, len(batch.domains), rows)
+    ]
+
+
+def perplexities(dense: dict[str, Any], moe: dict[str, Any]) -> dict[str, Any]:
+    """Both models' perplexity, change with interval, and LIS, by domain."""
+    results = [
+        TextResult(np.array(m["nll"]), np.array(m["tokens"], dtype=np.int64), tuple(m["domains"])) for m in (dense, moe)
+    ]
+    before, after = (result.by_domain() for result in results)
+    table = {}
+    for place, domain in enumerate(data.DOMAINS):
+        change, (low, high) = paired_difference(before[domain], after[domain])
+        table[domain] = {
+            "dense": before[domain].perplexity, "moe": after[domain].perplexity, "change_percent": change,
+            "low": low, "high": high, "windows": len(before[domain].nll),
+            "lis": float(lis(moe["counts"][place]).mean()),
+        }  # fmt: skip
+    return table
+
+
+def routing(counts: Any) -> dict[str, Any]:
+    """How many experts are the heavy hitter of some domain, layer by layer, from selections [domains, L, E]."""
+    heavy = np.asarray(counts).argmax(-1)
+    distinct = [len(set(column)) for column in heavy.T]
+    pooled = np.asarray(counts).sum(0)
+    return {
+        "distinct_heavy_hitters": distinct,
+        "layers_that_change": int(sum(d > 1 for d in distinct)),
+        "layers": len(distinct),
+        "lis_all_domains": float(lis(pooled).mean()),
+        "smallest_share": float((pooled / pooled.sum(-1, keepdims=True)).min()),
+    }
+
+
+def removals(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rise of the loss when one expert is removed: nats a token, with the interval over windows."""
+    rows = []
+    for layer, losses in values.items():
+        whole = np.array(losses["whole"])
+        for expert, removed in enumerate(losses["removed"]):
+            change = np.array(removed) - whole
+            half = half_width(change)
+            domain = max(data.DOMAINS, key=lambda d: change[np.array(losses["domains"]) == d].mean())
+            rows.append({
+                "layer": int(layer), "expert": expert, "rise": float(change.mean()), "low": float(change.mean() - half),
+                "high": float(change.mean() + half), "most": domain,
+                "most_rise": float(change[np.array(losses["domains"]) == domain].mean()),
+            })  # fmt: skip
+    return rows
+
+
+def accuracies(dense: dict[str, Any], moe: dict[str, Any]) -> dict[str, Any]:
+    """Both models' accuracy in percent and the paired change in points, by task and metric."""
+    table: dict[str, Any] = {}
+    for task in dense:
+        for metric in dense[task]:
+            before, after = (
+                Measure("share", np.array(m[task][metric]), np.ones(len(m[task][metric]))) for m in (dense, moe)
+            )
+            change = compare(before, after)
+            table.setdefault(task, {})[metric] = {
+                "dense": 100 * before.value, "moe": 100 * after.value, "change_points": change.value,
+                "low": change.low, "high": change.high, "items": change.n,
+            }  # fmt: skip
+    return table
+
+
+def verdict(result: dict[str, Any]) -> dict[str, bool]:
+    """The bars."""
+    rises = [row["low"] > 0 for row in result["experts"]]
+    return {
+        "accuracy": all(task["acc"]["change_points"] >= -1.0 and task["acc"]["items"] >= 1000
+                        for task in result["accuracy"].values()),
+        "perplexity": sum(row["moe"] < row["dense"] for row in result["perplexity"].values()) >= 5,
+        "experts": sum(rises) > len(rises) / 2,
+        "routing": result["routing"]["layers_that_change"] > result["routing"]["layers"] / 2,
+    }  # fmt: skip
+
+
+def show(result: dict[str, Any]) -> None:
+    """The tables, in Markdown."""
+    print("| task | items | dense | MoE | change, points | dense, normalised | MoE, normalised | change, points |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for task, row in result["accuracy"].items():
+        cells = [f"{m['dense']:.1f} | {m['moe']:.1f} | {m['change_points']:+.1f} [{m['low']:+.1f}, {m['high']:+.1f}]"
+                 for m in (row["acc"], row["acc_norm"])]  # fmt: skip
+        print(f"| {task} | {row['acc']['items']} | {cells[0]} | {cells[1]} |")
+    print("\n| domain | windows | dense perplexity | MoE perplexity | change, % | LIS |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for domain, row in result["perplexity"].items():
+        print(f"| {domain} | {row['windows']} | {row['dense']:.2f} | {row['moe']:.2f} | "
+              f"{row['change_percent']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}] | {row['lis']:.2f} |")  # fmt: skip
+    print("\n| layer | expert removed | rise of the loss, nats | largest in | there |")
+    print("|---:|---:|---:|---|---:|")
+    for row in result["experts"]:
+        print(f"| {row['layer']} | {row['expert']} | {row['rise']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] | "
+              f"{row['most']} | {row['most_rise']:+.4f} |")  # fmt: skip
+    about = result["routing"]
+    print(f"\nThe heavy hitter changes between domains in {about['layers_that_change']} of {about['layers']} layers;")
+    print(f"distinct ones of {len(data.DOMAINS)} domains, by layer: {about['distinct_heavy_hitters']}.")
+
+
+def kept(directory: Path, name: str, key: str, measure: Callable[[], Any]) -> Any:
+    """A measurement, read from `directory` when it was made on the same things before."""
+    path = directory / f"{name}-{key}.json"
+    if not path.exists():
+        print(f"measures {name}", file=sys.stderr, flush=True)
+        value = measure()
+        with atomic_file(path) as partial:
+            partial.write_text(json.dumps(value))
+    return json.loads(path.read_text())
+
+
+def fingerprint(model: Path, *settings: object) -> str:
+    """Twelve digits for a model's weights and the settings of a measurement."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for file in sorted(model.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest() if sys.version_info >= (3, 11)
+                          else hashlib.sha256(stream.read()).digest())  # fmt: skip
+    return digest.hexdigest()[:12]
+
+
+def measured(side: str, path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for of one model (`side`: dense or moe), each measurement kept in `arguments.out`."""
+    loaded = load_model(path, device="cpu")
+
+    def keep(name: str, measure: Callable[[], Any], *settings: object) -> Any:
+        return kept(arguments.out, name, fingerprint(path, *settings), measure)
+
+    def text() -> dict[str, Any]:
+        return scored(loaded.model, held_out(loaded.tokenizer, arguments.data, arguments.windows))
+
+    def removal(layer: int) -> dict[str, Any]:
+        batches = held_out(loaded.tokenizer, arguments.data, arguments.removal_windows)
+        return removal_losses(loaded.model, batches, layer)
+
+    def answers(task: str) -> dict[str, list[float]]:
+        found = accuracy(loaded, [task], arguments.data, arguments.items, arguments.rows)
+        return {name: measure.values.tolist() for name, measure in found[task].items()}
+
+    half: dict[str, Any] = {}
+    if "accuracy" in arguments.only:
+        half["accuracy"] = {t: keep(f"{side}-{t}", functools.partial(answers, t), arguments.items) for t in TASKS}
+    if "text" in arguments.only:
+        half["text"] = keep(f"{side}-text", text, arguments.windows)
+    if "removal" in arguments.only and side == "moe":
+        half["removal"] = {
+            str(n): keep(f"removal-{n}", functools.partial(removal, n), arguments.removal_windows)
+            for n in arguments.layers
+        }
+    return half
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moe", type=Path, help="the reference model (without it: only the dense model's half)")
+    parser.add_argument("--dense", type=Path, required=True, help="build.py --dense-out")
+    parser.add_argument("--data", type=Path, required=True, help="directory of the text and task files")
+    parser.add_argument("--out", type=Path, required=True, help="keeps each measurement, and accepted.json")
+    parser.add_argument("--items", type=int, default=1000, help="first items of a task (0 = all)")
+    parser.add_argument("--windows", type=int, default=24, help="held-out windows a domain")
+    parser.add_argument("--removal-windows", type=int, default=8, help="the same, for the removal of experts")
+    parser.add_argument("--layers", type=int, nargs="+", default=[10, 15, 20], help="layers whose experts are removed")
+    parser.add_argument("--rows", type=int, default=16, help="questions a forward pass")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these and stop there")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    halves = {
+        side: measured(side, path, arguments)
+        for side, path in (("dense", arguments.dense), ("moe", arguments.moe))
+        if path is not None
+    }
+    if arguments.moe is None or set(arguments.only) < set(PARTS):
+        print(json.dumps({"measured": {side: sorted(half) for side, half in halves.items()}}))
+        return
+    dense, moe = halves["dense"], halves["moe"]
+    result: dict[str, Any] = {
+        "accuracy": accuracies(dense["accuracy"], moe["accuracy"]),
+        "perplexity": perplexities(dense["text"], moe["text"]),
+        "experts": removals(moe["removal"]),
+        "routing": routing(moe["text"]["counts"]),
+    }
+    result["bars"] = verdict(result)
+    result["accepted"] = all(result["bars"].values())
+    show(result)
+    with atomic_file(arguments.out / "accepted.json") as partial:
+        partial.write_text(json.dumps(result, indent=1))
+    print(json.dumps({"accepted": result["accepted"], "bars": result["bars"], "out": str(arguments.out)}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
