@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -34,6 +34,7 @@ def test_a_case_by_hand():
     assert choose_adversarial(counts, keep=0.6, steps=3).hit[1] == 1.0
 
 
+@settings(deadline=None)
 @given(
     counts=hnp.arrays(
         np.int64,
