@@ -89,10 +89,10 @@ def prefill(model: Any, batch: dict[str, torch.Tensor]) -> Work:
 class Decoder:
     """Decoding with a cache: each call reads the next `CHUNK` tokens of the text."""
 
-    def __init__(self, model: Any, ids: torch.Tensor) -> None:
-        """`ids` int64 [B, PROMPT + ANSWER]."""
+    def __init__(self, model: Any, ids: torch.Tensor, reader: Any) -> None:
+        """`ids` int64 [B, PROMPT + ANSWER]; `reader` reads the prompt (batched_mm would copy gigabytes for it)."""
         self.model, self.ids = model, ids
-        self.cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
+        self.cache = reader(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
 
     def rewind(self) -> None:
         """Forget the answer. Not part of what is timed."""
@@ -108,7 +108,7 @@ class Decoder:
 
 def decode_times(models: dict[str, Any], ids: torch.Tensor, passes: int) -> dict[str, list[float]]:
     """Seconds of each round of CHUNK tokens, `passes` times over the answer, the models in turn in random order."""
-    decoders = {name: Decoder(model, ids) for name, model in models.items()}
+    decoders = {name: Decoder(model, ids, models.get(DEFAULT, model)) for name, model in models.items()}
     names, order = list(models), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(passes + 1):
@@ -189,7 +189,7 @@ def watch_costs(loaded: LoadedModel, models: dict[str, Any], pairs: int) -> dict
     (long,), (short,) = text_batches(loaded, 1, 512, 1), text_batches(loaded, 1, PROMPT + ANSWER, 1)
     found = {}
     for key, model in models.items():
-        decoder = Decoder(model, short["input_ids"])
+        decoder = Decoder(model, short["input_ids"], model)
         found[key] = {
             "prefill_1x512": watch_cost(model, prefill(model, long), pairs),
             "decode_1": watch_cost(model, decoder, pairs, decoder.rewind),

@@ -118,7 +118,7 @@ def test_the_model_is_written_once_and_loaded_unevenly(bench: SimpleNamespace, s
 def test_decoding_starts_again_at_the_prompt(bench: SimpleNamespace, small: Path):
     model = load_model(small, device="cpu").model
     ids = torch.arange(bench.whole.PROMPT + bench.whole.ANSWER)[None] + 3
-    decoder = bench.whole.Decoder(model, ids)
+    decoder = bench.whole.Decoder(model, ids, model)
     decoder(), decoder()
     assert decoder.cache.get_seq_length() == bench.whole.PROMPT + 2 * bench.whole.CHUNK
     decoder.rewind()

@@ -41,8 +41,8 @@ def pack_layer(layer: MoELayer) -> bool:
     return True
 
 
-def pack_layers(layers: list[MoELayer]) -> None:
-    """Pack all layers and say what will run."""
+def pack_layers(layers: list[MoELayer]) -> int:
+    """Pack all layers and say what will run; how many are packed."""
     with frugal_memory():
         packed = sum(pack_layer(layer) for layer in layers)
     slots = sum(hasattr(layer.experts, "equipoise_slots") for layer in layers)
@@ -54,6 +54,17 @@ def pack_layers(layers: list[MoELayer]) -> None:
             "or AMX matrix instructions",
             slots - packed,
         )
+    return packed
+
+
+def leave_file(model: nn.Module) -> None:
+    """Take what is not packed out of the mapped checkpoint, so that the file's pages are not held beside the packs.
+
+    A mapping lives as long as one tensor in it, with every page that was read: the plain experts too.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not isinstance(tensor, PackedWeight) and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

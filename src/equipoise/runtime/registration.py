@@ -44,6 +44,8 @@ class EquipoiseQuantizer(HfQuantizer):
     """Gives the skeleton the plan's slots before transformers reads the weights."""
 
     requires_calibration = True
+    from_file = False
+    """Whether the model came from a checkpoint, not from `apply` in memory."""
 
     def _process_model_before_weight_loading(self, model: Any, **keywords: Any) -> None:
         # Not at the top: this module may be imported in the middle of an import of transformers' model classes.
@@ -51,6 +53,7 @@ class EquipoiseQuantizer(HfQuantizer):
         from equipoise.models.families import find_layers
         from equipoise.runtime.install import check_fits, dispatch, empty_layer
 
+        self.from_file = True
         plan = plan_from_json(self.quantization_config.plan)  # type: ignore[attr-defined]
         layers = find_layers(model)
         check_fits(plan, model, layers)
@@ -62,9 +65,10 @@ class EquipoiseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **keywords: Any) -> Any:
         from equipoise.models.families import find_layers
-        from equipoise.runtime.packing import pack_layers
+        from equipoise.runtime.packing import leave_file, pack_layers
 
-        pack_layers(find_layers(model))
+        if pack_layers(find_layers(model)) and self.from_file:
+            leave_file(model)
         return model
 
     def is_serializable(self) -> bool:
