@@ -3,8 +3,9 @@
     y[t] = sum_j w[t, j] * f_{slot(t, j)}(x[t])        slot = SlotTable.assign(top-k experts)
 
 Selections are sorted by slot once, each slot computes its rows, results are summed over k in one reduction (no
-atomics: the same on every device). 16-bit models on a CPU with matrix instructions run on packed weights
-(`kernels.cpu`); everything else runs the formats' plain arithmetic, which says what the kernels must give.
+atomics: the same on every device). bfloat16 models run on packed weights on a CPU with matrix instructions
+(`kernels.cpu`) and through grouped products on a GPU (`kernels.grouped`); everything else runs the formats' plain
+arithmetic, which says what the kernels must give.
 A layer that the plan left as it was keeps its own parameters and runs the implementation it had before.
 """
 
@@ -18,7 +19,7 @@ from torch import nn
 from equipoise.formats import get_format
 from equipoise.models.families import read_routing
 from equipoise.models.layout import ExpertsLayout
-from equipoise.runtime.kernels import cpu
+from equipoise.runtime.kernels import cpu, grouped
 from equipoise.runtime.kernels.packed import PackedWeight
 from equipoise.runtime.slots import SlotTable
 from equipoise.types import LayerPlan
@@ -93,8 +94,9 @@ def slots_forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weigh
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
         return _ForInference.apply(hidden, weights, slots, index)  # type: ignore[no-any-return]
+    run = next((k.forward for k in (cpu, grouped) if k.is_ready(slots, hidden)), plain_forward)
     with torch.no_grad():
-        return (cpu.forward if cpu.is_ready(slots, hidden) else plain_forward)(slots, hidden, index, weights)
+        return run(slots, hidden, index, weights)
 
 
 class _ForInference(torch.autograd.Function):

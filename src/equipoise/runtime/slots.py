@@ -104,13 +104,16 @@ class SlotTable:
             np.concatenate([[0], np.cumsum(lengths)]),
             np.concatenate([*patterns, [self.num_slots]]),
         )
-        self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._on: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
-    def _tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _tensors(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         if device not in self._on:
-            length, offset, pattern = (torch.from_numpy(a).to(device) for a in self._arrays)
-            self._on[device] = (length, offset, pattern)
+            self._on[device] = tuple(torch.from_numpy(a).to(device) for a in (*self._arrays, self._position))
         return self._on[device]
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Place of each slot, and of the sentinel, in the order of the pools: int64 [S + 1]."""
+        return self._tensors(device)[3]
 
     def __deepcopy__(self, memo: dict[int, object]) -> SlotTable:
         twin = SlotTable(self.layer)
@@ -173,7 +176,7 @@ class SlotTable:
             int64 [T, k] slots; S where the selection was dropped.
         """
         experts = index.reshape(-1)
-        length, offset, pattern = self._tensors(experts.device)
+        length, offset, pattern, _ = self._tensors(experts.device)
         if self.num_slots == self.num_experts:
             return pattern[offset[experts]].reshape(index.shape)
         order = torch.argsort(experts, stable=True)

@@ -145,6 +145,20 @@ def test_a_damaged_token_stays_alone():
 
 
 @torch.no_grad()
+def test_every_expert_chosen_and_none():
+    layer = find_layers(balanced("mixtral"))[0]
+    slots = layer.experts.equipoise_slots
+    hidden, _, _ = batch(layer, 5)
+    everyone = torch.arange(EXPERTS).expand(5, EXPERTS)  # k = E
+    weights = torch.full((5, EXPERTS), 1 / EXPERTS)
+    got, wanted = slots_forward(slots, hidden, everyone, weights), plain_forward(slots, hidden, everyone, weights)
+    assert (got - wanted).float().norm() <= 0.01 * wanted.float().norm()
+    assert not slots_forward(slots, hidden, torch.full((5, 2), EXPERTS), torch.ones(5, 2)).any()
+    nothing = slots_forward(slots, hidden[:0], everyone[:0], weights[:0])
+    assert nothing.shape == (0, hidden.shape[1])
+
+
+@torch.no_grad()
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path):
     model = balanced("mixtral")
     held = [p for p in model.parameters() if isinstance(p, PackedWeight)]
