@@ -45,6 +45,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (PlanOptions, {"quality_weight": math.nan}, "quality-weight must be in"),
     (PlanOptions, {"slot_weight": math.inf}, "slot-weight must be in"),
     (PlanOptions, {"robust_windows": 0}, "robust-windows must be at least 1"),
+    (PlanOptions, {"guard": math.nan}, "guard is a number of standard errors, 0 or more"),
     (PlanOptions, {"seed": -1}, "seed must not be negative"),
     (EvalOptions, {"seq_len": 1}, "seq-len must be at least 2"),
     (EvalOptions, {"batch_size": 0}, "batch-size must be at least 1"),

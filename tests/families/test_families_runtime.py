@@ -108,4 +108,5 @@ def test_lower_precision_of_a_layer_is_close(name: str):
             continue
         wanted = original.experts(*inputs[layer.name])
         change = (layer.experts(*inputs[layer.name]) - wanted).norm() / wanted.norm()
-        assert 0 < change < 0.01, layer.name
+        # W8A8 rounds activations too: up to 1.3 % of a layer in which a part of the slots is int8.
+        assert 0 < change < 0.03, layer.name
