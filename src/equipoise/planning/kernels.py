@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numba
 
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def compiled(function: F) -> F:
+def compiled(function: F, **options: Any) -> F:
     """Compile with numba on first use; the machine code is kept beside the source or in the user's cache.
 
-    Where neither can be written (a read-only installation without a home), it is compiled anew in each process.
+    `options` are numba's. Where neither can be written (a read-only installation without a home), it is compiled anew
+    in each process.
     """
     try:
-        return cast(F, numba.njit(cache=True)(function))
+        return cast(F, numba.njit(cache=True, **options)(function))
     except RuntimeError as error:
         if "cache" not in str(error):
             raise
-        return cast(F, numba.njit(function))
+        return cast(F, numba.njit(**options)(function))

@@ -88,6 +88,7 @@ class _Group:
         self.segments, self.total = segments, total
 
     def linear(self, name: str, x: Any) -> torch.Tensor:
+        """[rows, out] of [rows, in], or of `Digits` where the tokens are quantized already; the bias included."""
         weight = self.slots.layout.weight(name)
         stored: Any = self.slots.stored(name, self.precision)
         if self.precision == "original":

@@ -9,12 +9,13 @@ Legend: T tokens, k selections a token, n rows (selections), S slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 import torch
+
+from equipoise.planning.kernels import compiled
 
 _f32, _u32, _u16 = np.float32, np.uint32, np.uint16
 _ROUND = np.float32(12582912.0)
@@ -22,14 +23,32 @@ _ROUND = np.float32(12582912.0)
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """numba, cached where there is a place for it, without the GIL: forwards of several threads overlap."""
-    try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError as error:
-        if "cache" not in str(error):
-            raise
-        return numba.njit(nogil=True, error_model="numpy")(function)
+_compiled: Any = partial(compiled, nogil=True, error_model="numpy")
+"""Without the GIL: forwards of several threads overlap."""
+
+
+@_compiled
+def _wide(b):  # type: ignore[no-untyped-def]
+    """The float32 of a bfloat16's bits."""
+    return _u32(_u32(b) << _u32(16)).view(_f32)
+
+
+@_compiled
+def _narrow(value):  # type: ignore[no-untyped-def]
+    """The bits of the bfloat16 nearest to a float32, ties to even."""
+    b = _f32(value).view(_u32)
+    return _u16(_u32(b + _u32(0x7FFF) + _u32(_u32(b >> _u32(16)) & _u32(1))) >> _u32(16))
+
+
+@_compiled
+def _scale(row):  # type: ignore[no-untyped-def]
+    """The largest magnitude of a row of bits over 127, and its inverse; 0 where it is too small or not finite."""
+    top = _u16(0)
+    for i in range(len(row)):
+        # Magnitudes compare as integers do, and NaN is above inf: it cannot hide behind a comparison.
+        top = max(top, _u16(row[i] & _u16(0x7FFF)))
+    scale = _wide(top) / _f32(127)
+    return scale, _f32(1) / scale if scale >= _TINY else _f32(0)
 
 
 def bits(x: torch.Tensor) -> np.ndarray:
@@ -104,14 +123,9 @@ def quantize(x, q, scale):  # type: ignore[no-untyped-def]
     """`formats.quantize_rows` of bfloat16 bits [n, in]: writes int8 q [n, in] and float32 scale [n]."""
     rows, width = x.shape
     for r in range(rows):
-        top = _u16(0)
+        s, inverse = _scale(x[r])
         for i in range(width):
-            # Magnitudes compare as integers do, and NaN is above inf: it cannot hide behind a comparison.
-            top = max(top, _u16(x[r, i] & _u16(0x7FFF)))
-        s = _u32(_u32(top) << _u32(16)).view(_f32) / _f32(127)
-        inverse = _f32(1) / s if s >= _TINY else _f32(0)
-        for i in range(width):
-            v = _u32(_u32(x[r, i]) << _u32(16)).view(_f32) * inverse
+            v = _wide(x[r, i]) * inverse
             q[r, i] = np.int8(np.int32((v + _ROUND) - _ROUND))
         scale[r] = s
 
@@ -127,13 +141,9 @@ def quantize_two(x, q, scale):  # type: ignore[no-untyped-def]
     """
     rows, width = x.shape
     for r in range(rows):
-        top = _u16(0)
+        s, inverse = _scale(x[r])
         for i in range(width):
-            top = max(top, _u16(x[r, i] & _u16(0x7FFF)))
-        s = _u32(_u32(top) << _u32(16)).view(_f32) / _f32(127)
-        inverse = _f32(1) / s if s >= _TINY else _f32(0)
-        for i in range(width):
-            v = _u32(_u32(x[r, i]) << _u32(16)).view(_f32) * inverse
+            v = _wide(x[r, i]) * inverse
             whole = (v + _ROUND) - _ROUND
             q[0, r, i] = np.int8(np.int32(whole))
             q[1, r, i] = np.int8(np.int32(((v - whole) * _f32(254) + _ROUND) - _ROUND))
@@ -147,8 +157,7 @@ def scale_rows(x, scale):  # type: ignore[no-untyped-def]
     for r in range(rows):
         s = scale[r]
         for i in range(width):
-            b = _f32(_u32(_u32(x[r, i]) << _u32(16)).view(_f32) * s).view(_u32)
-            x[r, i] = _u16(_u32(b + _u32(0x7FFF) + _u32(_u32(b >> _u32(16)) & _u32(1))) >> _u32(16))
+            x[r, i] = _narrow(_wide(x[r, i]) * s)
 
 
 @_compiled
@@ -158,8 +167,7 @@ def merge_two(y, scale, out):  # type: ignore[no-untyped-def]
     for r in range(rows):
         s = scale[r]
         for i in range(width):
-            b = _f32((y[r, i] + y[rows + r, i] * _f32(1 / 254)) * s).view(_u32)
-            out[r, i] = _u16(_u32(b + _u32(0x7FFF) + _u32(_u32(b >> _u32(16)) & _u32(1))) >> _u32(16))
+            out[r, i] = _narrow((y[r, i] + y[rows + r, i] * _f32(1 / 254)) * s)
 
 
 @_compiled
@@ -182,7 +190,6 @@ def combine(y, weights, place, out):  # type: ignore[no-untyped-def]
             if p >= 0:
                 w = weights[t, j]
                 for i in range(width):
-                    total[i] += w * _u32(_u32(y[p, i]) << _u32(16)).view(_f32)
+                    total[i] += w * _wide(y[p, i])
         for i in range(width):
-            b = _f32(total[i]).view(_u32)
-            out[t, i] = _u16(_u32(b + _u32(0x7FFF) + _u32(_u32(b >> _u32(16)) & _u32(1))) >> _u32(16))
+            out[t, i] = _narrow(total[i])
