@@ -204,14 +204,16 @@ def draw_blocks(blocks: list[dict[str, Any]], path: Path) -> None:
     threads = sorted({b["threads"] for b in blocks})
     figure = Figure(figsize=(4.4 * len(shapes), 0.4 + 3 * len(threads)), dpi=110, layout="constrained")
     axes = figure.subplots(len(threads), len(shapes), squeeze=False)
+    # Of all panels: a variant that one of them left out must not move the colours of the others.
+    names = list(dict.fromkeys(name for b in blocks for rows in b["times"].values() for name in rows))
     for block in blocks:
         axis = axes[threads.index(block["threads"])][shapes.index(block["shape"])]
         times = block["times"]
-        names = list(dict.fromkeys(name for rows in times.values() for name in rows))
         for i, name in enumerate(names):
             points = [(at, times[t][name]["ratio"]) for at, t in enumerate(times) if "ratio" in times[t].get(name, {})]
             width = 0.8 / len(names)
-            axis.bar([at + (i + 0.5) * width - 0.4 for at, _ in points], [r for _, r in points], width, label=name)
+            left = [at + (i + 0.5) * width - 0.4 for at, _ in points]
+            axis.bar(left, [r for _, r in points], width, label=name, color=f"C{i}")
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(times)), [f"T = {t}" for t in times])
         axis.set_title(f"{block['shape']}, {block['threads']} thread(s)", fontsize=10)
