@@ -1,0 +1,125 @@
+"""Cells: measurements that are kept under the hash of everything they depend on.
+
+    key    = SHA-256 of (name, inputs, source of the modules that measure)        twelve digits
+    file   = <work>/<name>-<key>.json      {"name", "inputs", "seconds", "value"} or {"name", "inputs", "error"}
+             <work>/<name>-<key>.npz       arrays
+
+A run that was stopped goes on where it stood; a change of the model, the data, an option or the measuring code makes
+a new key, and nothing else is measured again. What could not be run is a cell too: it says why, and is tried again
+the next time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from equipoise.cli import console
+from equipoise.errors import InputError
+from equipoise.files.atomic import atomic_file
+
+
+class Store:
+    """The cells of one run.
+
+    Args:
+        work: directory that keeps them.
+        fresh: measure anew what is there.
+    """
+
+    def __init__(self, work: Path, fresh: bool = False) -> None:
+        self.work = work
+        self.fresh = fresh
+        self.measured = self.read = 0
+        self.failed: dict[str, str] = {}
+        self.seconds = 0.0
+        work.mkdir(parents=True, exist_ok=True)
+
+    def cell(
+        self, name: str, inputs: Mapping[str, Any], measure: Callable[[], Any], code: Sequence[ModuleType] = ()
+    ) -> Any:
+        """The value of a cell, measured when it is not kept.
+
+        Args:
+            name: of the cell, also of its file.
+            inputs: what it depends on, plain values.
+            measure: gives a plain value (dicts, lists, numbers, text).
+            code: modules whose text belongs to the inputs.
+
+        Returns:
+            The value; None where it could not be measured (`failed` says why).
+        """
+        path = self.path(name, inputs, code, "json")
+        if path.exists() and not self.fresh:
+            document = json.loads(path.read_text())
+            if "value" in document:
+                self.read += 1
+                self.seconds += document["seconds"]
+                return document["value"]
+        console.note(f"measures {name}")
+        began = time.perf_counter()
+        document = {"name": name, "inputs": inputs}
+        try:
+            document["value"] = measure()
+        except (InputError, RuntimeError, MemoryError, OSError) as error:
+            self.failed[name] = document["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            console.note(f"  {name} could not be run: {document['error']}")
+        document["seconds"] = time.perf_counter() - began
+        with atomic_file(path) as partial:
+            partial.write_text(json.dumps(console.plain(document), indent=1) + "\n")
+        self.measured += 1
+        self.seconds += document["seconds"]
+        # As it will be read: a value does not depend on whether it was measured or kept.
+        return json.loads(path.read_text()).get("value")
+
+    def arrays(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        measure: Callable[[], Mapping[str, npt.NDArray[Any]]],
+        code: Sequence[ModuleType] = (),
+    ) -> dict[str, npt.NDArray[Any]]:
+        """As `cell`, for arrays; what goes wrong is raised, because cells are built on them."""
+        path = self.path(name, inputs, code, "npz")
+        if path.exists() and not self.fresh:
+            self.read += 1
+            with np.load(path, allow_pickle=False) as file:
+                return {key: file[key] for key in file.files}
+        console.note(f"measures {name}")
+        values = dict(measure())
+        with atomic_file(path) as partial, partial.open("wb") as stream:
+            np.savez_compressed(stream, **values)  # type: ignore[arg-type]
+        self.measured += 1
+        return values
+
+    def path(self, name: str, inputs: Mapping[str, Any], code: Sequence[ModuleType], suffix: str) -> Path:
+        """File of a cell."""
+        sources = [hashlib.sha256(inspect.getsource(module).encode()).hexdigest() for module in code]
+        key = hashlib.sha256(json.dumps([name, console.plain(inputs), sources], sort_keys=True).encode()).hexdigest()
+        return self.work / f"{name.replace('/', '_')}-{key[:12]}.{suffix}"
+
+
+def fingerprint(directory: Path, pattern: str = "*.safetensors") -> str:
+    """Twelve digits for a checkpoint's weights.
+
+    Raises:
+        InputError: the directory holds none.
+    """
+    files = sorted(directory.glob(pattern))
+    if not files:
+        raise InputError(f"{directory} holds no {pattern}: build the model first (see benchmarks/paper/README.md)")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:12]

@@ -1,0 +1,177 @@
+"""The model under test: one calibration, the plans and LASER's thresholds made from it, and its variants.
+
+    original       the reference model
+    paper          R&Q: one replica of the heavy hitter a layer, replicas and least important experts in int8
+    joint          replicas and precision together at budget 1.0
+    laser          LASER, thresholds calibrated to an increase of the loss of `LASER_BOUND`
+    joint + laser  LASER on the joint model, calibrated there
+
+Calibration is the first tenth of the prompts of every task, nothing else; one plan serves all tasks. Models are read
+when they are needed and only one is held. Everything is kept in the run's directory (`cells.Store`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import prompts
+from cells import Store, fingerprint
+
+import equipoise as eq
+from equipoise.evaluation.data import Batch
+from equipoise.models import load_model
+from equipoise.options import ProfileOptions
+from equipoise.rerouting import Thresholds, calibrate, installed
+from equipoise.types import IntArray, Plan, Profile
+
+VARIANTS = ("original", "paper", "joint", "laser", "joint + laser")
+LASER_BOUND = 0.005
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        prompts: of a task for the LIS, calibration included.
+        items: of a task for accuracy, for original and joint (of an MMLU subject: `subject_items`).
+        others: the same for the other variants.
+        subject_items: documents of each MMLU subject, for original and joint.
+        windows: held-out windows of a domain.
+    """
+
+    prompts: int = 400
+    items: int = 2000
+    others: int = 400
+    subject_items: int = 40
+    subject_others: int = 10
+    windows: int = 8
+
+
+QUICK = Sizes(prompts=60, items=60, others=30, subject_items=1, subject_others=1, windows=1)
+
+
+class Subject:
+    """The model under test.
+
+    Args:
+        moe: checkpoint directory of the reference model.
+        data: directory of the benchmark files.
+        store: keeps what is measured.
+        quick: the small form.
+    """
+
+    def __init__(self, moe: Path, data: Path, store: Store, quick: bool) -> None:
+        self.moe, self.data, self.store, self.quick = moe, data, store, quick
+        self.sizes = QUICK if quick else Sizes()
+        self.identity = fingerprint(moe)
+        self._held: tuple[str, Any] | None = None
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """Of the model."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.moe)
+
+    def inputs(self, **more: Any) -> dict[str, Any]:
+        """What every cell depends on, and more."""
+        return {"model": self.identity, "calibration": [self.sizes.prompts, prompts.CALIBRATION, WINDOW], **more}
+
+    @functools.cache  # noqa: B019 - one subject a run
+    def prompts(self, task: str) -> list[list[int]]:
+        """Token ids of a task's prompts; the first tenth is for calibration."""
+        return prompts.prompts(task, self.data, self.tokenizer, self.sizes.prompts)
+
+    def routing(self, task: str) -> IntArray:
+        """Selections of each prompt of a task in the original model: int64 [P, L, E]."""
+        made = self.store.arrays(
+            f"routing/{task}",
+            {"model": self.identity, "prompts": self.sizes.prompts, "longest": prompts.LONGEST},
+            lambda: {"counts": prompts.routing(self.model("original").model, self.prompts(task))},
+            [prompts],
+        )
+        return made["counts"]
+
+    def rest(self, task: str) -> IntArray:
+        """`routing` of the prompts that calibration has not seen."""
+        counts = self.routing(task)
+        return counts[prompts.calibration(len(counts)) :]
+
+    def windows(self, part: str = "calibration") -> list[Batch]:
+        """Windows of `WINDOW` tokens of the tasks' prompts: of calibration, or of the `rest` (as many of each task)."""
+        rows: list[list[int]] = []
+        names: list[str] = []
+        for task in prompts.TASKS:
+            own = self.prompts(task)
+            first = prompts.calibration(len(own))
+            chosen = own[:first] if part == "calibration" else own[first : 2 * first]
+            made = prompts.joined(chosen, WINDOW, self.tokenizer.eos_token_id)
+            rows += made
+            names += [task] * len(made)
+        batches = []
+        for start, tensors in zip(range(0, len(rows), 8), prompts.batched(rows, 8), strict=True):
+            batches.append(Batch(tensors, tuple(names[start : start + 8])))
+        return batches
+
+    @functools.cached_property
+    def profile(self) -> Profile:
+        """Load and importance on the calibration windows."""
+        path = self.store.path("profile", self.inputs(), [prompts], "npz")
+        if not path.exists() or self.store.fresh:
+            made = eq.profile(
+                self.model("original").model, self.windows(), ProfileOptions(importance_tokens=8192),
+                model_name=self.moe.name, data="the first tenth of each task's prompts",
+            )  # fmt: skip
+            eq.save_profile(made, path)
+        return eq.load_profile(path)
+
+    @functools.cached_property
+    def plans(self) -> dict[str, Plan]:
+        """`paper` and `joint`, at their defaults."""
+        return {"paper": eq.plan(self.profile, preset="paper"), "joint": eq.plan(self.profile, budget=1.0)}
+
+    def model(self, variant: str) -> Any:
+        """A `LoadedModel` of `original`, or with a plan applied."""
+        name = variant.removesuffix("+ laser").strip()
+        name = "original" if name == "laser" else name
+        if self._held is None or self._held[0] != name:
+            plan = None if name == "original" else self.plans[name]  # before the model that it may need is dropped
+            self._held = None
+            gc.collect()
+            loaded = load_model(self.moe)
+            if plan is not None:
+                eq.apply(loaded.model, plan)
+            self._held = (name, loaded)
+        return self._held[1]
+
+    def thresholds(self, variant: str) -> Thresholds | None:
+        """LASER's, for the variants that have it; calibrated to `LASER_BOUND` on the calibration windows."""
+        if not variant.endswith("laser"):
+            return None
+        path = self.store.path(f"thresholds {variant}", self.inputs(bound=LASER_BOUND), [prompts], "json")
+        if not path.exists() or self.store.fresh:
+            found = calibrate(self.model(variant).model, self.windows(), max_loss_increase=LASER_BOUND)
+            eq.save_laser(found.thresholds, path)
+        return eq.load_laser(path)
+
+    @contextlib.contextmanager
+    def variant(self, name: str) -> Iterator[Any]:
+        """The `LoadedModel` of a variant, LASER installed where it has it."""
+        thresholds = self.thresholds(name)
+        loaded = self.model(name)
+        with installed(loaded.model, thresholds) if thresholds is not None else contextlib.nullcontext():
+            yield loaded
+
+
+def mean_lis(counts: Any) -> float:
+    """Mean over layers of the LIS of counts [L, E]."""
+    return float(np.mean(eq.lis(np.asarray(counts))))
