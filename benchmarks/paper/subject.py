@@ -8,11 +8,16 @@
 
 Calibration is the first tenth of the prompts of every task, nothing else; one plan serves all tasks. Models are read
 when they are needed and only one is held. Everything is kept in the run's directory (`cells.Store`).
+
+Where the processor has no bfloat16 products, a bfloat16 checkpoint is computed in float32, which is several times
+faster there. Plans and bytes are those of the checkpoint all the same (`as_stored`, `as_computed`): what is held as
+int8 is rounded to int8, what is not stays as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 from collections.abc import Iterator
@@ -22,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import prompts
+import torch
 from cells import Store, fingerprint
 
 import equipoise as eq
@@ -29,6 +35,7 @@ from equipoise.evaluation.data import Batch
 from equipoise.models import load_model
 from equipoise.options import ProfileOptions
 from equipoise.rerouting import Thresholds, calibrate, installed
+from equipoise.runtime.kernels.packed import can_pack
 from equipoise.types import IntArray, Plan, Profile
 
 VARIANTS = ("original", "paper", "joint", "laser", "joint + laser")
@@ -41,22 +48,24 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        prompts: of a task for the LIS, calibration included.
-        items: of a task for accuracy, for original and joint (of an MMLU subject: `subject_items`).
+        prompts: of a task whose routing is recorded, calibration included.
+        lis: of a task for the LIS of each variant, in the model.
+        items: of a task for accuracy, for original and joint.
         others: the same for the other variants.
-        subject_items: documents of each MMLU subject, for original and joint.
-        windows: held-out windows of a domain.
+        subject_items, subject_others: the same of each of MMLU's 57 subjects.
+        windows: of a domain, to plan on and to score on.
     """
 
     prompts: int = 400
-    items: int = 2000
-    others: int = 400
-    subject_items: int = 40
-    subject_others: int = 10
-    windows: int = 8
+    lis: int = 100
+    items: int = 1000
+    others: int = 300
+    subject_items: int = 20
+    subject_others: int = 6
+    windows: int = 24
 
 
-QUICK = Sizes(prompts=60, items=60, others=30, subject_items=1, subject_others=1, windows=1)
+QUICK = Sizes(prompts=60, lis=10, items=24, others=24, subject_items=1, subject_others=1, windows=3)
 
 
 class Subject:
@@ -67,10 +76,12 @@ class Subject:
         data: directory of the benchmark files.
         store: keeps what is measured.
         quick: the small form.
+        dtype: to compute in; None: the checkpoint's, or float32 where that is faster.
     """
 
-    def __init__(self, moe: Path, data: Path, store: Store, quick: bool) -> None:
+    def __init__(self, moe: Path, data: Path, store: Store, quick: bool, dtype: str | None = None) -> None:
         self.moe, self.data, self.store, self.quick = moe, data, store, quick
+        self.dtype = dtype or ("auto" if torch.cuda.is_available() or can_pack(torch.bfloat16) else "float32")
         self.sizes = QUICK if quick else Sizes()
         self.identity = fingerprint(moe)
         self._held: tuple[str, Any] | None = None
@@ -84,7 +95,12 @@ class Subject:
 
     def inputs(self, **more: Any) -> dict[str, Any]:
         """What every cell depends on, and more."""
-        return {"model": self.identity, "calibration": [self.sizes.prompts, prompts.CALIBRATION, WINDOW], **more}
+        return {
+            "model": self.identity,
+            "dtype": self.dtype,
+            "calibration": [self.sizes.prompts, prompts.CALIBRATION, WINDOW],
+            **more,
+        }
 
     @functools.cache  # noqa: B019 - one subject a run
     def prompts(self, task: str) -> list[list[int]]:
@@ -95,7 +111,7 @@ class Subject:
         """Selections of each prompt of a task in the original model: int64 [P, L, E]."""
         made = self.store.arrays(
             f"routing/{task}",
-            {"model": self.identity, "prompts": self.sizes.prompts, "longest": prompts.LONGEST},
+            {"model": self.identity, "dtype": self.dtype, "prompts": self.sizes.prompts, "longest": prompts.LONGEST},
             lambda: {"counts": prompts.routing(self.model("original").model, self.prompts(task))},
             [prompts],
         )
@@ -131,7 +147,7 @@ class Subject:
                 self.model("original").model, self.windows(), ProfileOptions(importance_tokens=8192),
                 model_name=self.moe.name, data="the first tenth of each task's prompts",
             )  # fmt: skip
-            eq.save_profile(made, path)
+            eq.save_profile(as_stored(made) if self.dtype == "float32" else made, path)
         return eq.load_profile(path)
 
     @functools.cached_property
@@ -147,11 +163,15 @@ class Subject:
             plan = None if name == "original" else self.plans[name]  # before the model that it may need is dropped
             self._held = None
             gc.collect()
-            loaded = load_model(self.moe)
+            loaded = load_model(self.moe, dtype=self.dtype)
             if plan is not None:
-                eq.apply(loaded.model, plan)
+                self.apply(loaded.model, plan)
             self._held = (name, loaded)
         return self._held[1]
+
+    def apply(self, model: Any, plan: Plan) -> None:
+        """Apply a plan of the checkpoint to a model that was loaded in `dtype`."""
+        eq.apply(model, as_computed(plan) if self.dtype == "float32" else plan)
 
     def thresholds(self, variant: str) -> Thresholds | None:
         """LASER's, for the variants that have it; calibrated to `LASER_BOUND` on the calibration windows."""
@@ -170,6 +190,18 @@ class Subject:
         loaded = self.model(name)
         with installed(loaded.model, thresholds) if thresholds is not None else contextlib.nullcontext():
             yield loaded
+
+
+def as_stored(profile: Profile) -> Profile:
+    """A profile that was measured in float32 as that of the bfloat16 checkpoint: its bytes, its precisions."""
+    sizes = {"original": profile.expert_bytes["original"] // 2, "int8": profile.expert_bytes["int8"]}
+    meta = {**profile.meta, "dtype": "bfloat16", "low_precision": "int8"}
+    return dataclasses.replace(profile, expert_bytes=sizes, meta=meta)
+
+
+def as_computed(plan: Plan) -> Plan:
+    """A plan of the bfloat16 checkpoint for the same model held in float32."""
+    return dataclasses.replace(plan, model=dataclasses.replace(plan.model, dtype="float32"))
 
 
 def mean_lis(counts: Any) -> float:
