@@ -27,7 +27,7 @@ TITLES = {
     "mmlu": "MMLU", "piqa": "PIQA", "hellaswag": "HellaSwag", "winogrande": "WinoGrande", "arc_easy": "ARC-easy",
     "arc_challenge": "ARC-challenge", "truthfulqa_mc1": "TruthfulQA", "gsm8k": "GSM8K",
 }  # fmt: skip
-LONGEST = 512
+LONGEST = 256
 CALIBRATION = 0.1
 
 

@@ -45,7 +45,7 @@ from equipoise.pipeline.versions import made_with
 
 def parts(subject: Subject, trace_files: Path, work: Path) -> dict[str, tuple[Any, Callable[[], Any], dict[str, Any]]]:
     """Name -> (module, how to measure it, what else its cell depends on), in the order of the document."""
-    quick = {"quick": subject.quick}
+    quick = {"quick": subject.quick, "share": subject.share}
     names = sorted(path.name for path in trace_files.glob("*.npz"))
     return {
         "table2": (table2, lambda: table2.measure(subject), {}),
@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="keeps every cell; a stopped run goes on from it")
     parser.add_argument("--out", type=Path, help="the document (docs/results.md; with --quick, results.md in --work)")
     parser.add_argument("--quick", action="store_true", help="few documents: minutes instead of an hour")
+    parser.add_argument("--share", type=float, default=1.0, help="of the full form's documents, for slow machines")
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="measure these sections only")
     parser.add_argument("--fresh", action="store_true", help="measure anew what is kept")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="to compute in (default: the fastest)")
@@ -83,7 +84,9 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     began = time.perf_counter()
     store = Store(arguments.work, arguments.fresh)
-    subject = Subject(arguments.moe, arguments.data, store, arguments.quick, arguments.dtype)
+    if not 0 < arguments.share <= 1:
+        raise InputError(f"--share is in (0, 1], got {arguments.share}")
+    subject = Subject(arguments.moe, arguments.data, store, arguments.quick, arguments.dtype, arguments.share)
     known = parts(subject, arguments.traces, arguments.work)
     if unknown := set(arguments.only or ()) - set(known):
         raise InputError(f"--only: no section {sorted(unknown)[0]!r}; there are {', '.join(known)}")
@@ -123,7 +126,8 @@ def main() -> int:
 
 def _about(arguments: argparse.Namespace, subject: Subject, store: Store) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in made_with().items())
-    size = "the quick form: few documents, wide intervals" if arguments.quick else "the full form"
+    size = "the full form" if arguments.share == 1 else f"{arguments.share:.0%} of the full form's documents"
+    size = "the quick form: few documents, wide intervals" if arguments.quick else size
     return (
         f"Run of {datetime.date.today().isoformat()}, {size}; {speed.processor()}; computed in "
         f"{subject.dtype.replace('auto', 'the dtype of the checkpoint')}; {versions}; its cells took "

@@ -64,6 +64,15 @@ class Sizes:
     subject_others: int = 6
     windows: int = 24
 
+    def scaled(self, share: float) -> Sizes:
+        """A share of everything, at least as much as the quick form."""
+        return Sizes(
+            **{
+                field.name: max(getattr(QUICK, field.name), round(share * getattr(self, field.name)))
+                for field in dataclasses.fields(self)
+            }
+        )
+
 
 QUICK = Sizes(prompts=60, lis=10, items=24, others=24, subject_items=1, subject_others=1, windows=3)
 
@@ -77,12 +86,16 @@ class Subject:
         store: keeps what is measured.
         quick: the small form.
         dtype: to compute in; None: the checkpoint's, or float32 where that is faster.
+        share: of the full form's documents, for slow machines.
     """
 
-    def __init__(self, moe: Path, data: Path, store: Store, quick: bool, dtype: str | None = None) -> None:
+    def __init__(
+        self, moe: Path, data: Path, store: Store, quick: bool, dtype: str | None = None, share: float = 1.0
+    ) -> None:
         self.moe, self.data, self.store, self.quick = moe, data, store, quick
         self.dtype = dtype or ("auto" if torch.cuda.is_available() or can_pack(torch.bfloat16) else "float32")
-        self.sizes = QUICK if quick else Sizes()
+        self.share = share
+        self.sizes = QUICK if quick else Sizes().scaled(share)
         self.identity = fingerprint(moe)
         self._held: tuple[str, Any] | None = None
 

@@ -82,7 +82,7 @@ class Options:
     final_lr: float = 0.02
     clip: float = 1.0
     router_windows: int = 6
-    drop: float = 0.25
+    drop: float = 0.0
     own_passes: int = 8
     save_seconds: float = 300.0
     validate_seconds: float = 1200.0

@@ -65,7 +65,7 @@ def streams(rng):
 def test_training_goes_on_from_its_checkpoint(tmp_path):
     """With no budget left `train` makes no step: what it ends with is what it began with."""
     train = scripts.train
-    options = train.Options(minutes=0, experts=4, rank=3, length=16, router_windows=2, validate_windows=2)
+    options = train.Options(minutes=0, experts=4, rank=3, length=16, router_windows=2, validate_windows=2, drop=0.25)
     tokens = streams(np.random.default_rng(0))
     model, _ = trained_like()
     loss = scripts.losses.HeadLoss(model.embedding)
@@ -92,7 +92,7 @@ def test_training_goes_on_from_its_checkpoint(tmp_path):
 
 def test_training_begins_with_an_artifact(tmp_path):
     train = scripts.train
-    options = train.Options(minutes=0, experts=4, rank=3, length=16, validate_windows=2)
+    options = train.Options(minutes=0, experts=4, rank=3, length=16, validate_windows=2, drop=0.25)
     begun, _ = trained_like()
     weights = {name: parameter.detach() for name, parameter in begun.trained()}
     scripts.artifact.write(tmp_path / "begun.safetensors", weights, {"steps": 11})
