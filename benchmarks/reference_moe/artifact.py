@@ -1,4 +1,4 @@
-"""The artifact: routers in float32, factors as int8 with a float32 scale a row, missing neurons, in one safetensors file.
+"""The artifact, one safetensors file: routers in float32, factors as int8 with a float32 scale a row, missing neurons.
 
     stored   q = round(x / s),  s = max |x| of the row / 127        one row: one factor of one expert
     read     x = s q
