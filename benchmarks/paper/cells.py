@@ -45,7 +45,12 @@ class Store:
         work.mkdir(parents=True, exist_ok=True)
 
     def cell(
-        self, name: str, inputs: Mapping[str, Any], measure: Callable[[], Any], code: Sequence[ModuleType] = ()
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        measure: Callable[[], Any],
+        code: Sequence[ModuleType] = (),
+        kept_only: bool = False,
     ) -> Any:
         """The value of a cell, measured when it is not kept.
 
@@ -54,9 +59,10 @@ class Store:
             inputs: what it depends on, plain values.
             measure: gives a plain value (dicts, lists, numbers, text).
             code: modules whose text belongs to the inputs.
+            kept_only: measure nothing.
 
         Returns:
-            The value; None where it could not be measured (`failed` says why).
+            The value; None where it could not be measured (`failed` says why) or is not kept.
         """
         path = self.path(name, inputs, code, "json")
         if path.exists() and not self.fresh:
@@ -65,6 +71,8 @@ class Store:
                 self.read += 1
                 self.seconds += document["seconds"]
                 return document["value"]
+        if kept_only:
+            return None
         console.note(f"measures {name}")
         began = time.perf_counter()
         document = {"name": name, "inputs": inputs}

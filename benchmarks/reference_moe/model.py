@@ -4,7 +4,8 @@
                 y_e = W_out h_e + D_e^T (C_e h_e)
     layer:      y   = sum over the k selected experts of w_e y_e,   w = softmax(router x), largest k, sum 1
 
-Only the routers and the factors A, B, C, D (`in_a`, `in_b`, `out_a`, `out_b`) are trained. A plain mixture would run
+An expert may lack neurons (`keep`, see neurons.py): its h_e is zero there. Only the routers and the factors A, B, C, D
+(`in_a`, `in_b`, `out_a`, `out_b`) are trained. A plain mixture would run
 the dense matrices k times a token and gather tokens by expert. Here the dense matrices are shared: W_in is applied
 once, and W_out once, to the weighted sum of the h_e. The low-rank part is one product over the factors of all experts
 with those that a token did not select masked to zero, so nothing is gathered. `merged` gives the weights of the
@@ -35,6 +36,7 @@ class Layer(nn.Module):
     """A decoder layer: frozen weights of the dense model as buffers, router and factors as float32 parameters.
 
     Attributes:
+        keep: bool [E, I], neurons that an expert has.
         router: [E, H].
         in_a: [E R, H], in_b: [E R, 2 I], out_a: [E R, I], out_b: [E R, H]; an expert owns R rows of each. The b
             start at zero, so every expert starts as the dense FFN.
@@ -56,6 +58,7 @@ class Layer(nn.Module):
             self.register_buffer(name, weight.detach())
         self.frozen = tuple(frozen)
         self.experts, self.rank = experts, rank
+        self.register_buffer("keep", torch.ones(experts, width, dtype=torch.bool))
         self.router = nn.Parameter(torch.zeros(experts, hidden))
         self.in_a = nn.Parameter(torch.randn(experts * rank, hidden) / hidden**0.5)
         self.in_b = nn.Parameter(torch.zeros(experts * rank, 2 * width))
@@ -68,11 +71,12 @@ class Layer(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 weights of each expert: gate and up [E, 2 I, H], down [E, H, I]."""
+        """Float32 weights of each expert: gate and up [E, 2 I, H], down [E, H, I]; zeros where neurons are missing."""
         parts = {n: getattr(self, n).float().view(self.experts, self.rank, -1) for n in FACTORS}
+        keep = self.keep.float()
         return (
-            self.base_in.float() + parts["in_b"].transpose(1, 2) @ parts["in_a"],
-            self.base_out.float() + parts["out_b"].transpose(1, 2) @ parts["out_a"],
+            (self.base_in.float() + parts["in_b"].transpose(1, 2) @ parts["in_a"]) * keep.repeat(1, 2)[:, :, None],
+            (self.base_out.float() + parts["out_b"].transpose(1, 2) @ parts["out_a"]) * keep[:, None],
         )
 
 
@@ -121,7 +125,7 @@ class Upcycled(nn.Module):
         for layer in self.layers:
             factors = [getattr(layer, name).to(x.dtype) for name in FACTORS]
             x, own, load = self.mixture_layer(
-                x, cos, sin, *layer.weights(), layer.router, *factors, self.shape, self.top_k
+                x, cos, sin, *layer.weights(), layer.keep, layer.router, *factors, self.shape, self.top_k
             )
             balance.append(own)
             loads.append(load)
@@ -144,12 +148,14 @@ class Upcycled(nn.Module):
 
 
 def fill(upcycled: Upcycled, weights: dict[str, torch.Tensor]) -> None:
-    """Put the artifact's weights in.
+    """Put the artifact's weights in; a layer without `keep` there keeps what it has.
 
     Raises:
         InputError: names or shapes differ.
     """
     named = dict(upcycled.trained())
+    keeps = {f"{n}.keep": layer.keep for n, layer in enumerate(upcycled.layers)}
+    named |= {name: keep for name, keep in keeps.items() if name in weights}
     if named.keys() != weights.keys() or any(named[n].shape != w.shape for n, w in weights.items()):
         raise InputError(
             f"the artifact does not fit the dense model ({len(named)} tensors expected, {len(weights)} read)"
@@ -197,7 +203,7 @@ def dense_layer(x, cos, sin, norm_1, qkv, out, norm_2, base_in, base_out, shape)
 
 
 def mixture_layer(  # type: ignore[no-untyped-def]
-    x, cos, sin, norm_1, qkv, out, norm_2, base_in, base_out, router, in_a, in_b, out_a, out_b, shape, top_k
+    x, cos, sin, norm_1, qkv, out, norm_2, base_in, base_out, keep, router, in_a, in_b, out_a, out_b, shape, top_k
 ):
     """A layer of the mixture.
 
@@ -215,7 +221,7 @@ def mixture_layer(  # type: ignore[no-untyped-def]
     mask = selected.to(y.dtype).repeat_interleave(rank, -1)  # [N, k, E R]
     own = (functional.linear(y, in_a)[:, None] * mask) @ in_b
     gate, up = (functional.linear(y, base_in)[:, None] + own).chunk(2, -1)
-    h = functional.silu(gate) * up  # [N, k, I]
+    h = functional.silu(gate) * up * keep[chosen].to(y.dtype)  # [N, k, I]
     low = (functional.linear(h, out_a) * mask * weights[:, :, None]).sum(1)
     y = functional.linear((h * weights[:, :, None]).sum(1), base_out) + low @ out_b
     load = selected.sum(1).view(*x.shape[:2], experts).sum(1)

@@ -15,8 +15,9 @@ A step has one window of each domain, one of questions and two that the dense mo
     + `balance` times the balancing loss of Switch Transformer, mean over layers
 
 DIR gets tokens.npz and own.npy (prepared once), checkpoint.pt, log.jsonl, and artifact.safetensors with every
-checkpoint. Cost: about 4 s a step of 2,560 tokens on two free cores, 6 GB of memory. The allocator's settings below
-spare the page faults of large blocks, so the process starts itself anew with them.
+checkpoint. Cost: about 4 s a step of 2,560 tokens on two free cores with AMX, 6 GB of memory. Where the processor has
+no bfloat16 products, `--dtype float32` is many times faster than the default. The allocator's settings below spare the
+page faults of large blocks, so the process starts itself anew with them.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ import torch  # noqa: E402
 from dense import load_dense  # noqa: E402
 from losses import HeadLoss  # noqa: E402
 from model import Upcycled, fill  # noqa: E402
+from neurons import kept, usage  # noqa: E402
 from routers import start_router  # noqa: E402
 from samples import own_samples  # noqa: E402
 
@@ -80,6 +82,7 @@ class Options:
     final_lr: float = 0.02
     clip: float = 1.0
     router_windows: int = 6
+    drop: float = 0.25
     own_passes: int = 8
     save_seconds: float = 300.0
     validate_seconds: float = 1200.0
@@ -123,8 +126,15 @@ def batch(tokens: dict[str, np.ndarray], step: int, options: Options) -> torch.T
     return torch.from_numpy(np.stack(rows))
 
 
-def start_routers(model: Upcycled, tokens: dict[str, np.ndarray], options: Options) -> None:
-    """Set every layer's router from clusters of what the dense model feeds its FFN."""
+def start(model: Upcycled, tokens: dict[str, np.ndarray], options: Options, fresh: bool) -> None:
+    """From what the dense model feeds its FFNs: set every layer's router by clusters, and the neurons experts keep.
+
+    Args:
+        model: gets both.
+        tokens: from `prepare`.
+        options: of the run.
+        fresh: set the routers; otherwise they stay as they are.
+    """
     rows = [
         data.training_window(tokens[f"{stream}.train"], options.length, n, (options.seed, 99, i))
         for i, stream in enumerate(data.STREAMS)
@@ -137,10 +147,16 @@ def start_routers(model: Upcycled, tokens: dict[str, np.ndarray], options: Optio
         seen.append(inputs)
     labels = np.repeat(np.arange(len(data.STREAMS)), options.router_windows * options.length)
     for number, layer in enumerate(model.layers):
-        x = torch.cat([inputs[number] for inputs in seen]).float().numpy()
-        rng = np.random.default_rng([options.seed, number])
-        router = start_router(x, labels, options.experts, rng, options.gamma, sharpness=options.sharpness)
-        layer.router.data.copy_(torch.from_numpy(router))
+        x = torch.cat([inputs[number] for inputs in seen])
+        if fresh:
+            rng = np.random.default_rng([options.seed, number])
+            router = start_router(
+                x.float().numpy(), labels, options.experts, rng, options.gamma, sharpness=options.sharpness
+            )
+            layer.router.data.copy_(torch.from_numpy(router))
+        if options.drop:
+            used = usage(x, layer.router.detach(), layer.base_in, layer.base_out, options.top_k)
+            layer.keep.copy_(kept(used, options.drop))
 
 
 @torch.no_grad()
@@ -190,7 +206,7 @@ def train(
     tokens: dict[str, np.ndarray],
     work: Path,
     options: Options,
-    start: Path | None = None,
+    begin_with: Path | None = None,
 ) -> int:
     """Train until the budget is used up; returns the number of steps made by all runs together.
 
@@ -200,7 +216,7 @@ def train(
         tokens: from `prepare`.
         work: directory of checkpoint, log and artifact.
         options: of the run.
-        start: artifact to begin with when there is no checkpoint.
+        begin_with: artifact to begin with when there is no checkpoint.
     """
     named = dict(model.trained())
     optimizer = torch.optim.AdamW(
@@ -216,16 +232,20 @@ def train(
         state = torch.load(work / "checkpoint.pt", weights_only=True)
         for name, parameter in named.items():
             parameter.data.copy_(state["weights"][name])
+        for number, layer in enumerate(model.layers):
+            layer.keep.copy_(state["keep"][number])
         optimizer.load_state_dict(state["optimizer"])
         step, used = state["step"], state["seconds"]
         say(f"goes on at step {step}, {used / 60:.1f} of {options.minutes:g} minutes used")
-    elif start is not None:
-        weights, about = artifact.read(start)
+    elif begin_with is not None:
+        weights, about = artifact.read(begin_with)
         fill(model, weights)
         step = about["steps"]
-        say(f"begins with {start}, {step} steps")
+        say(f"begins with {begin_with}, {step} steps")
+        if not any(name.endswith(".keep") for name in weights):
+            start(model, tokens, options, fresh=False)
     else:
-        start_routers(model, tokens, options)
+        start(model, tokens, options, fresh=True)
     begin, saved, validated = time.monotonic() - used, time.monotonic(), -math.inf
     budget, sums, loads, since = options.minutes * 60, torch.zeros(2, len(PLAN)), torch.zeros(1), 0
     while (seconds := time.monotonic() - begin) < budget:
@@ -252,21 +272,23 @@ def train(
             })  # fmt: skip
             sums, loads, since = torch.zeros_like(sums), torch.zeros(1), 0
         if time.monotonic() - saved > options.save_seconds:
-            save(work, named, optimizer, step, time.monotonic() - begin, options)
+            save(work, model, optimizer, step, time.monotonic() - begin, options)
             saved = time.monotonic()
-    save(work, named, optimizer, step, time.monotonic() - begin, options)
+    save(work, model, optimizer, step, time.monotonic() - begin, options)
     note(work, {"step": step, "seconds": round(budget), "held_out": validate(model, loss, tokens, options)})
     return step
 
 
-def save(work: Path, named: dict[str, Any], optimizer: Any, step: int, seconds: float, options: Options) -> None:
+def save(work: Path, model: Upcycled, optimizer: Any, step: int, seconds: float, options: Options) -> None:
     """Checkpoint and artifact, each whole or not at all."""
-    weights = {name: parameter.detach() for name, parameter in named.items()}
+    weights = {name: parameter.detach() for name, parameter in model.trained()}
+    keep = [layer.keep for layer in model.layers]
     work.mkdir(parents=True, exist_ok=True)
-    state = {"weights": weights, "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+    state = {"weights": weights, "keep": keep, "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
     with atomic_file(work / "checkpoint.pt") as partial:
         torch.save(state, partial)
     about = {"steps": step, "tokens": step * len(PLAN) * options.length, "minutes": round(seconds / 60, 1)}
+    weights |= {f"{number}.keep": mask for number, mask in enumerate(keep)}
     artifact.write(work / "artifact.safetensors", weights, {**about, "options": asdict(options)})
     say(f"checkpoint at step {step}")
 
@@ -290,13 +312,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=Options.minutes, help="wall time of training")
     parser.add_argument("--own-passes", type=int, default=Options.own_passes, help="own samples for each opening")
     parser.add_argument("--start", type=Path, help="artifact to begin with (without a checkpoint)")
+    parser.add_argument("--drop", type=float, default=Options.drop, help="share of the neurons that an expert lacks")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the frozen weights")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    options = Options(minutes=arguments.minutes, own_passes=arguments.own_passes)
+    options = Options(minutes=arguments.minutes, own_passes=arguments.own_passes, drop=arguments.drop)
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     dense, tokenizer = load_dense(arguments.work)
+    dense = dense.to(getattr(torch, arguments.dtype))
     tokens = prepare(arguments.data, arguments.work, dense, tokenizer, options)
     model = Upcycled(dense, options.experts, options.rank, options.top_k, compiled=True)
     loss = HeadLoss(model.embedding, compiled=True)

@@ -79,7 +79,12 @@ def test_training_goes_on_from_its_checkpoint(tmp_path):
     assert all(torch.equal(parameter, begun[name]) for name, parameter in other.trained())
     weights, about = scripts.artifact.read(tmp_path / "artifact.safetensors")
     assert about["steps"] == 7
-    assert weights.keys() == begun.keys()
+    masks = {f"{n}.keep": layer.keep for n, layer in enumerate(model.layers)}
+    assert weights.keys() == begun.keys() | masks.keys()
+    for n, layer in enumerate(other.layers):
+        assert torch.equal(weights[f"{n}.keep"], masks[f"{n}.keep"])
+        assert torch.equal(layer.keep, masks[f"{n}.keep"])
+        assert (layer.keep.sum(1) == 48 - round(options.drop * 48)).all()
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [0, 7]
     assert set(entries[0]["held_out"]) == set(scripts.data.STREAMS)
@@ -97,6 +102,7 @@ def test_training_begins_with_an_artifact(tmp_path):
     tokens = streams(np.random.default_rng(0))
     assert train.train(model, loss, tokens, tmp_path / "run", options, tmp_path / "begun.safetensors") == 11
     assert all(torch.equal(parameter, stored[name]) for name, parameter in model.trained())
+    assert not any(layer.keep.all() for layer in model.layers)  # an artifact of whole experts: they part now
 
 
 def test_a_step_lowers_the_loss_of_its_own_batch():

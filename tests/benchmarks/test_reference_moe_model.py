@@ -64,6 +64,48 @@ def test_built_mixtral_is_a_plain_checkpoint(tmp_path):
         assert torch.equal(again(tokens()).logits, built(tokens()).logits)
 
 
+def without_neurons(model, share=0.4):
+    """The model with random neurons missing, and its weights by the artifact's names."""
+    random = torch.Generator().manual_seed(2)
+    for layer in model.layers:
+        layer.keep.copy_(torch.rand(layer.keep.shape, generator=random) > share)
+    return dict(model.trained()) | {f"{n}.keep": layer.keep for n, layer in enumerate(model.layers)}
+
+
+def test_missing_neurons_are_zero_in_the_built_model():
+    model, dense = trained_like()
+    whole = model(tokens())[0]
+    weights = without_neurons(model)
+    built = scripts.build.mixtral(dense, weights, 2)
+    with torch.no_grad():
+        hidden = model(tokens())[0]
+        torch.testing.assert_close(built.model(tokens()).last_hidden_state, hidden, rtol=1e-3, atol=1e-4)
+    assert float((hidden - whole).abs().max().detach()) > 1e-2
+    for n, layer in enumerate(built.model.layers):
+        width = dense.config.intermediate_size
+        missing = ~model.layers[n].keep
+        gate_up = layer.mlp.experts.gate_up_proj.view(4, 2, width, -1)
+        assert not gate_up.transpose(1, 2)[missing].any()
+        assert not layer.mlp.experts.down_proj.transpose(1, 2)[missing].any()
+
+
+def test_missing_neurons_survive_the_artifact(tmp_path):
+    model, dense = trained_like()
+    scripts.artifact.write(tmp_path / "a.safetensors", without_neurons(model), {})
+    read, _ = scripts.artifact.read(tmp_path / "a.safetensors")
+    other = scripts.model.Upcycled(dense, 4, 3, 2)
+    scripts.model.fill(other, read)
+    for own, again in zip(model.layers, other.layers, strict=True):
+        assert torch.equal(own.keep, again.keep)
+
+
+def test_an_artifact_of_whole_experts_holds_no_masks(tmp_path):
+    model, _ = trained_like()
+    weights = dict(model.trained()) | {f"{n}.keep": layer.keep for n, layer in enumerate(model.layers)}
+    scripts.artifact.write(tmp_path / "a.safetensors", weights, {})
+    assert not [name for name in scripts.artifact.read(tmp_path / "a.safetensors")[0] if name.endswith("keep")]
+
+
 def test_balancing_loss_is_one_when_even_and_counts_the_rest():
     model, _ = trained_like(experts=4, top_k=2)
     with torch.no_grad():

@@ -1,0 +1,116 @@
+"""Held-out LIS on in-domain text: a domain's own calibration text plans, its held-out documents score.
+
+The seven domains and their hold-out are those of benchmarks/reference_moe/data.py. Three plans for each domain, all
+`joint` at budget 1.0: from the domain's own text; from the text of all domains pooled; from the tasks' prompts (the
+plan of Table 2), which is of another kind than all of them. Importance is that of Table 2's profile. Loads are exact
+counts of the model on both parts; the router is untouched, so a plan's load follows from its shares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import prompts
+from accuracy import neighbour
+from sections import Section, picture, table
+from subject import WINDOW, Subject
+
+import equipoise as eq
+from equipoise.files.atomic import atomic_file
+from equipoise.scoring import score_counts
+from equipoise.types import IntArray, Profile
+
+BAR = 1.10
+PLANS = ("own domain", "all domains", "tasks")
+
+
+def counted(subject: Subject) -> dict[str, Any]:
+    """`<domain>.train`, `<domain>.held` int64 [windows, L, E]: selections of each window."""
+    data = neighbour("reference_moe", "data")
+    model = subject.model("original").model
+    out = {}
+    for domain in data.DOMAINS:
+        for held in (False, True):
+            tokens = data.tokenized(subject.data, subject.tokenizer, domain, held)
+            rows = data.held_out_windows(tokens, WINDOW, subject.sizes.windows)
+            out[f"{domain}.{'held' if held else 'train'}"] = prompts.routing(model, rows.tolist(), 8)
+    return out
+
+
+def with_counts(profile: Profile, series: IntArray) -> Profile:
+    """The profile with other loads: `series` int64 [windows, L, E]."""
+    return dataclasses.replace(profile, counts=series.sum(0), series=series)
+
+
+def measure(subject: Subject) -> dict[str, Any]:
+    """By domain: LIS raw, under each plan, oracle, of the held-out text's counts; and slots and bytes of the plans."""
+    loads = subject.store.arrays(
+        "domains/routing", subject.inputs(windows=subject.sizes.windows), lambda: counted(subject), [prompts]
+    )
+    domains = [name.removesuffix(".held") for name in loads if name.endswith(".held")]
+    everything = np.concatenate([loads[f"{domain}.train"] for domain in domains])
+    pooled = eq.plan(with_counts(subject.profile, everything), budget=1.0)
+    rows = {}
+    for domain in domains:
+        own = eq.plan(with_counts(subject.profile, loads[f"{domain}.train"]), budget=1.0)
+        held = loads[f"{domain}.held"]
+        row: dict[str, Any] = {}
+        for name, plan in zip(PLANS, (own, pooled, subject.plans["joint"]), strict=True):
+            means = score_counts(plan, held.sum(0)[None]).means()
+            row["raw"] = means["lis_raw"]
+            row[name] = means["lis"]
+            row[f"{name}, oracle"] = means["lis_oracle"]
+            row[f"{name}, replicas"] = plan.num_replicas
+            row[f"{name}, bytes"] = plan.budget.plan_bytes / plan.budget.original_bytes
+        row["tokens"] = [
+            int(loads[f"{domain}.{part}"][:, 0].sum()) // subject.profile.top_k for part in ("train", "held")
+        ]
+        rows[domain] = row
+    return rows
+
+
+def section(values: dict[str, Any], folder: Path, quick: bool) -> Section:
+    """A table by domain, a picture, and whether the plan of the own domain stays at or below 1.10."""
+    columns = ("raw", *PLANS, "own domain, oracle")
+    rows = [
+        [domain, *row["tokens"], *(f"{row[c]:.2f}" for c in columns), f"{row['own domain, replicas']}"]
+        for domain, row in values.items()
+    ]
+    mean = {c: float(np.mean([row[c] for row in values.values()])) for c in columns}
+    rows.append(["**mean**", "", "", *(f"**{mean[c]:.2f}**" for c in columns), ""])
+    worst = max(values, key=lambda domain: values[domain]["own domain"])
+    top = values[worst]["own domain"]
+    met = "met in every domain" if top <= BAR else "met on average only" if mean["own domain"] <= BAR else "missed"
+    size = max(row[f"{name}, bytes"] for row in values.values() for name in PLANS)
+    words = (
+        f"Planned on its own domain, held-out LIS is {mean['own domain']:.2f} on average and {top:.2f} at worst "
+        f"({worst}); the bar of {BAR:.2f} is {met}. One plan for all domains reaches {mean['all domains']:.2f}, the "
+        f"tasks' plan {mean['tasks']:.2f}. Every plan is at {size:.3f} of the original bytes or below."
+    )
+    draw(values, folder / "domains.png")
+    return Section(
+        "In-domain text: held-out LIS",
+        words + "\n\n" + table(["domain", "tokens, planned on", "scored", *columns, "replicas"], rows) + "\n\n"
+        + picture(folder / "domains.png", "held-out LIS by domain and plan"),
+    )  # fmt: skip
+
+
+def draw(values: dict[str, Any], path: Path) -> None:
+    """Bars by domain."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    at = np.arange(len(values))
+    colours = {"raw": "#9aa5b1", "own domain": "#33658a", "all domains": "#8fb8de", "tasks": "#e9a23b"}
+    for i, (name, colour) in enumerate(colours.items()):
+        axes.bar(at + (i - 1.5) * 0.2, [row[name] for row in values.values()], 0.19, label=name, color=colour)
+    axes.axhline(BAR, color="#d1495b", linewidth=1, linestyle="--", label=f"bar, {BAR:.2f}")
+    axes.set_xticks(at, list(values))
+    axes.set_ylabel("held-out LIS, mean over layers")
+    axes.legend(ncols=5, frameon=False, fontsize=9)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png")

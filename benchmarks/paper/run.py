@@ -1,0 +1,139 @@
+"""Every table and figure of the R&Q paper on the reference model and on real traces, written to docs/results.md.
+
+    python benchmarks/reference_moe/build.py --out reference-moe
+    python benchmarks/paper/run.py --moe reference-moe --data ../shared/data --traces ../shared/traces --work paper-run
+
+A run that was stopped goes on where it stood: every cell is kept in --work under the hash of what it depends on.
+`--quick` is the small form (few documents, wide intervals, another output by default). `--only` measures some
+sections; those that are kept already still enter the document. The last stdout line is one JSON object; exit code 1
+when a cell could not be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ablation
+import batches
+import document
+import domains
+import gaps
+import generation
+import headline
+import importance_truth
+import samples
+import speed
+import streams
+import switch_table
+import table2
+import torch
+import traces
+from cells import Store
+from sections import PICTURES, Section
+from subject import Subject
+
+from equipoise.cli import console
+from equipoise.errors import InputError
+from equipoise.pipeline.versions import made_with
+
+
+def parts(subject: Subject, trace_files: Path, work: Path) -> dict[str, tuple[Any, Callable[[], Any], dict[str, Any]]]:
+    """Name -> (module, how to measure it, what else its cell depends on), in the order of the document."""
+    quick = {"quick": subject.quick}
+    names = sorted(path.name for path in trace_files.glob("*.npz"))
+    return {
+        "table2": (table2, lambda: table2.measure(subject), {}),
+        "domains": (domains, lambda: domains.measure(subject), quick),
+        "speed": (speed, lambda: speed.measure(subject), quick),
+        "batches": (batches, lambda: batches.measure(subject), quick),
+        "importance": (importance_truth, lambda: importance_truth.measure(subject), quick),
+        "samples": (samples, lambda: samples.measure(subject), quick),
+        "ablation": (ablation, lambda: ablation.measure(subject), quick),
+        "gaps": (gaps, lambda: gaps.measure(subject), quick),
+        "streams": (streams, lambda: streams.measure(subject), quick),
+        "generation": (generation, lambda: generation.measure(subject), quick),
+        "traces": (traces, lambda: traces.measure(trace_files), {"files": names}),
+        "switch": (switch_table, lambda: switch_table.measure(subject.data, work / "switch", subject.quick), quick),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moe", type=Path, required=True, help="checkpoint of the reference model")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="benchmark files and text")
+    parser.add_argument("--traces", type=Path, default=Path("../shared/traces"), help="published routing traces")
+    parser.add_argument("--work", type=Path, required=True, help="keeps every cell; a stopped run goes on from it")
+    parser.add_argument("--out", type=Path, help="the document (docs/results.md; with --quick, results.md in --work)")
+    parser.add_argument("--quick", action="store_true", help="few documents: minutes instead of an hour")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="measure these sections only")
+    parser.add_argument("--fresh", action="store_true", help="measure anew what is kept")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="to compute in (default: the fastest)")
+    parser.add_argument("--threads", type=int, default=0, help="of torch (0: as torch chooses)")
+    arguments = parser.parse_args()
+    for directory, what in ((arguments.data, "data"), (arguments.traces, "traces")):
+        if not directory.is_dir():
+            raise InputError(f"--{what}: {directory} is not a directory; give the one that holds the {what}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    began = time.perf_counter()
+    store = Store(arguments.work, arguments.fresh)
+    subject = Subject(arguments.moe, arguments.data, store, arguments.quick, arguments.dtype)
+    known = parts(subject, arguments.traces, arguments.work)
+    if unknown := set(arguments.only or ()) - set(known):
+        raise InputError(f"--only: no section {sorted(unknown)[0]!r}; there are {', '.join(known)}")
+    out = arguments.out or (arguments.work / "results.md" if arguments.quick else Path("docs/results.md"))
+    folder = out.parent / PICTURES
+    folder.mkdir(parents=True, exist_ok=True)
+    values: dict[str, Any] = {}
+    for name, (module, measure, more) in known.items():
+        wanted = not arguments.only or name in arguments.only
+        if name == "table2":  # made of cells of its own
+            values[name] = measure()
+        else:
+            values[name] = store.cell(name, subject.inputs(**more), measure, [module], kept_only=not wanted)
+    chapters: list[Section] = [headline.section(values)]
+    for name, (module, _, _) in known.items():
+        if values[name] is None:
+            why = store.failed.get(name, "not measured in this run")
+            chapters.append(Section(name.capitalize(), f"Not run: {why}."))
+        else:
+            chapters.append(module.section(values[name], folder, arguments.quick))
+    document.write(out, chapters, _about(arguments, subject, store), store.failed)
+    console.note(f"written: {out}, pictures in {folder}")
+    console.last_line(
+        {
+            "out": str(out),
+            "cells_measured": store.measured,
+            "cells_kept": store.read,
+            "failed": store.failed,
+            "seconds": time.perf_counter() - began,
+            "measured_seconds": store.seconds,
+            "bars": headline.bars(values),
+            **made_with(),
+        }
+    )
+    return 1 if store.failed else 0
+
+
+def _about(arguments: argparse.Namespace, subject: Subject, store: Store) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in made_with().items())
+    size = "the quick form: few documents, wide intervals" if arguments.quick else "the full form"
+    return (
+        f"Run of {datetime.date.today().isoformat()}, {size}; {speed.processor()}; computed in "
+        f"{subject.dtype.replace('auto', 'the dtype of the checkpoint')}; {versions}; its cells took "
+        f"{store.seconds / 60:.0f} minutes together. Weights: {subject.identity}."
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
