@@ -1,0 +1,165 @@
+"""Load is not importance, and which measure knows what an expert is worth (paper: Finding ii, Figure 2, Table 5).
+
+Three parts, all of the original model:
+
+    profile     load, `wanda` and `error` of every expert of every layer, on calibration tokens
+    singles     experts of several layers changed one at a time (`expert_changes`): divergence and rise of the loss on
+                tokens that calibration has not seen, beside what might predict them (`expert_predictors`)
+    together    the expert that a measure calls least, or most, important in every layer at once, changed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import expert_changes
+import expert_predictors
+import importance_words
+import numpy as np
+import numpy.typing as npt
+from expert_changes import CHANGES, Bench, changed, singles, spread
+from expert_predictors import NAMES, observe, predict
+from importance_pictures import draw_load, draw_truth
+from sections import Section, picture
+
+from equipoise.models import load_model
+
+Arrays = dict[str, npt.NDArray[Any]]
+Work = Callable[[], Arrays]
+
+CHOOSERS = ("wanda, as the paper reads it", "wanda, higher is dearer", "error", "frequency", "random")
+DEPTHS = 5
+"""Layers whose experts are changed one at a time, evenly spread."""
+
+
+def sizes(quick: bool) -> dict[str, tuple[int, int]]:
+    """Windows and their tokens of each part."""
+    if quick:
+        return {"singles": (2, 64), "calibration": (2, 128), "together": (2, 64)}
+    return {"singles": (8, 128), "calibration": (8, 128), "together": (8, 192)}
+
+
+def depths(layers: int, quick: bool) -> list[int]:
+    """Which layers: all of them where there are few."""
+    if quick:
+        return [layers // 2]
+    return sorted({round(layers * (i + 1) / (DEPTHS + 1)) for i in range(DEPTHS)} & set(range(layers)))
+
+
+def measure(subject: Any) -> dict[str, Any]:
+    """Everything of the section; each layer's truth is kept as it is found, so a stopped run goes on.
+
+    Args:
+        subject: `subject.Subject`.
+    """
+    profile = subject.profile
+    plan = sizes(subject.quick)
+    layers = depths(profile.num_layers, subject.quick)
+    rest, domains = spread(subject.windows("rest"), *plan["singles"])
+    calibration, _ = spread(subject.windows(), *plan["calibration"])
+    held: dict[str, Any] = {}
+
+    def model() -> Any:
+        if not held:  # not before it is needed: all may be kept already
+            held["model"] = load_model(subject.moe, dtype="float32", tokenizer=False).model
+        return held["model"]
+
+    def kept(name: str, work: Work, **more: Any) -> Arrays:
+        code = [expert_changes, expert_predictors]
+        arrays: Arrays = subject.store.arrays(f"importance/{name}", subject.inputs(sizes=plan, **more), work, code)
+        return arrays
+
+    truth: dict[str, dict[str, list[Any]]] = {c: {"divergence": [], "rise": []} for c in CHANGES}
+    predictors: dict[str, dict[str, list[Any]]] = {c: {n: [] for n in NAMES} for c in CHANGES}
+    predicted = kept("predictors", lambda: _predictors(model(), calibration, layers), layers=layers)
+    for row, layer in enumerate(layers):
+        arrays = kept(f"layer {layer}", lambda layer=layer: _truth(model(), rest, layer))
+        for change in CHANGES:
+            for name in truth[change]:
+                truth[change][name].append(arrays[f"{change} {name}"].tolist())
+            for name in NAMES:
+                predictors[change][name].append(predicted[f"{change} {name}"][row].tolist())
+    return {
+        "load": (profile.counts / profile.counts.sum(1, keepdims=True)).tolist(),
+        "importance": {name: profile.importance[name].astype(float).tolist() for name in ("wanda", "error")},
+        "layers": layers,
+        "tokens": int(rest.numel()),
+        "calibration_tokens": int(calibration.numel()),
+        "domains": list(domains),
+        "truth": truth,
+        "predictors": predictors,
+        "together": _together(model, kept, subject, plan["together"]),
+    }
+
+
+def _predictors(model: Any, ids: Any, layers: list[int]) -> Arrays:
+    seen = observe(model, ids, layers)
+    found = {layer: predict(model.model.layers[layer].mlp.experts, seen[layer]) for layer in layers}
+    return {f"{c} {n}": np.array([found[layer][c][n] for layer in layers]) for c in CHANGES for n in NAMES}
+
+
+def _truth(model: Any, ids: Any, layer: int) -> Arrays:
+    bench = Bench(model, ids, layer)
+    effects = {change: singles(bench, change) for change in CHANGES}
+    return {f"{c} {name}": getattr(e, name) for c, e in effects.items() for name in ("divergence", "rise")}
+
+
+def scores(values: dict[str, Any], seed: int = 0) -> dict[str, npt.NDArray[np.float64]]:
+    """Measures of an expert's worth, [L, E], larger = dearer: `CHOOSERS`."""
+    load, wanda = np.array(values["load"]), np.array(values["importance"]["wanda"])
+    drawn = np.random.default_rng(seed).random(load.shape)
+    return dict(zip(CHOOSERS, (-wanda, wanda, np.array(values["importance"]["error"]), load, drawn), strict=True))
+
+
+def _together(model: Callable[[], Any], kept: Any, subject: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Table 5: chooser -> end -> change -> losses and divergences of windows."""
+    profile = subject.profile
+    load = profile.counts / profile.counts.sum(1, keepdims=True)
+    ranked = scores({"load": load, "importance": profile.importance})
+    chosen = {name: {"least": s.argmin(1), "most": s.argmax(1)} for name, s in ranked.items()}
+    ids, domains = spread(subject.windows("rest"), *size)
+    benches: list[Bench] = []
+
+    def one(experts: npt.NDArray[Any], change: str) -> Arrays:
+        if not benches:
+            benches.append(Bench(model(), ids))
+        with changed(model(), dict(enumerate(experts.tolist())), change):
+            effect = benches[0].effect()
+        return {"divergence": effect.divergence, "rise": effect.rise, "before": benches[0].losses}
+
+    rows = []
+    for name, ends in chosen.items():
+        for end, experts in ends.items():
+            for change in CHANGES:
+                # Kept by its experts, so that choosers who agree share a measurement.
+                arrays = kept(
+                    f"all layers, {change}",
+                    lambda experts=experts, change=change: one(experts, change),
+                    experts=experts.tolist(),
+                )
+                rows.append({"by": name, "end": end, "change": change, **{k: v.tolist() for k, v in arrays.items()}})
+    return {"tokens": int(ids.numel()), "domains": list(domains), "rows": rows}
+
+
+def section(values: dict[str, Any], folder: Path, quick: bool) -> Section:
+    """Text, tables and pictures.
+
+    Args:
+        values: of `measure`.
+        folder: where pictures go.
+        quick: whether the values are of the small form.
+    """
+    load, truth = folder / "importance-load.png", folder / "importance-truth.png"
+    draw_load(values, load)
+    draw_truth(values, scores(values), truth)
+    found = importance_words.agreements(values, scores(values))
+    parts = [
+        importance_words.load_text(values),
+        picture(load, "Load against importance of every expert"),
+        importance_words.truth_text(values, found, quick),
+        picture(truth, "True divergence of changing one expert against what predicts it"),
+        importance_words.together_text(values, CHOOSERS),
+    ]
+    return Section("Load is not importance, and what importance is", "\n\n".join(parts) + "\n")
