@@ -27,6 +27,11 @@ LABELS = {
 }  # fmt: skip
 
 
+def capital(words: str) -> str:
+    """The same, with a capital to begin a sentence."""
+    return words[:1].upper() + words[1:]
+
+
 def canvas(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     """A figure of 900 pixels width and its axes [rows, columns].
 

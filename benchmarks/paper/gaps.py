@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import prompts
-from drawing import COLOURS, LABELS, MARKERS, canvas, save
+from drawing import COLOURS, LABELS, MARKERS, canvas, capital, save
 from sections import Section, picture, table
 from subject import Subject
 
@@ -76,13 +76,15 @@ def verdict(values: dict[str, Any]) -> str:
             f"({gap['joint'] / gap['raw'] - 1:+.0%})."]  # fmt: skip
     for name in ("paper", "joint"):
         smaller = sum(b < a - 1e-9 for a, b in zip(values["raw"]["gap"], values[name]["gap"], strict=True))
-        said.append(f"{LABELS[name]} narrows it in {smaller} of {len(values['raw']['gap'])} layers.")
+        said.append(f"{capital(LABELS[name])} narrows it in {smaller} of "
+                    f"{len(values['raw']['gap'])} layers.")  # fmt: skip
     least = {name: float(np.mean(values[name]["least"])) for name in VARIANTS}
     if all(abs(least[name] - least["raw"]) < 0.02 for name in VARIANTS):
         said.append("All of it comes from the top: the least busy expert's load is the same.")
     elif least["joint"] < least["raw"]:
-        said.append("The least busy slot has less with joint, which spreads experts that were not the busiest too: the "
-                    "gap shrinks by what the busiest loses, less that.")  # fmt: skip
+        said.append(f"With joint the least busy slot has less as well ({least['joint']:.2f} instead of "
+                    f"{least['raw']:.2f} even shares), because it replicates more experts than the busiest; so the gap "
+                    "shrinks by less than the busiest's load does.")  # fmt: skip
     return " ".join(said)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import prompts
-from drawing import COLOURS, LABELS, MARKERS, canvas, save
+from drawing import COLOURS, LABELS, MARKERS, canvas, capital, save
 from sections import Section, picture, table
 from subject import Subject
 
@@ -74,7 +74,7 @@ def verdict(values: dict[str, Any]) -> str:
     for name, runs in values["streams"].items():
         lis, moves = runs[-1]["lis"], runs[-1]["moves"]
         ranked = sorted(("static", "long", "short", "adaptive"), key=lambda policy: lis[policy])
-        said.append(f"{TITLES[name][0].upper()}{TITLES[name][1:]} (R = {runs[-1]['spare']}): raw {lis['raw']:.3f}, "
+        said.append(f"{capital(TITLES[name])} (R = {runs[-1]['spare']}): raw {lis['raw']:.3f}, "
                     f"oracle {lis['oracle']:.3f}; from the best, "
                     + ", ".join(f"{LABELS[p]} {lis[p]:.3f}" for p in ranked)
                     + f". Option 2 moves {moves['short']} slots, adaptive {moves['adaptive']}.")  # fmt: skip
@@ -96,7 +96,7 @@ def section(values: dict[str, Any], folder: Path, quick: bool) -> Section:
         for policy in POLICIES:
             axis.plot(x, steps[policy], color=COLOURS[policy], marker=MARKERS[policy], markersize=3.5, linewidth=1.3,
                       linestyle="--" if policy in ("raw", "oracle") else "-", label=LABELS[policy])  # fmt: skip
-        axis.set_title(f"{TITLES[name][0].upper()}{TITLES[name][1:]}, {runs[-1]['spare']} spare slots a layer")
+        axis.set_title(f"{capital(TITLES[name])}, {runs[-1]['spare']} spare slots a layer")
         axis.set_ylabel("LIS, mean over layers")
         axis.set_xlabel("time step")
         if name == "tasks":
@@ -106,7 +106,7 @@ def section(values: dict[str, Any], folder: Path, quick: bool) -> Section:
                     axis.axvline(i * values["windows"] - 0.5, color="black", linewidth=0.7, alpha=0.4)
                 axis.text(max(1, i * values["windows"]) - 0.3, top, prompts.TITLES[task], fontsize=8, va="bottom")
             axis.set_title(axis.get_title(), pad=16)
-    axes[0, 0].legend(ncols=3, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=8)
     path = save(figure, folder / "streams.png")
     rows = [
         (
