@@ -2,8 +2,9 @@
 
     byte perplexity   of the beginning of each article of WikiText-2 (test): exp(-log p(text) / bytes of the text), the
                       first token after the token that begins (or else ends) texts, as the harness scores a text
-    code to text      a CoSQA function without its docstring; the answer against the docstring's first line: sentence
-                      BLEU-4, one added to the counts of n > 1 (Lin and Och 2004), in percent, lower case
+    code to text      a CoSQA function without its docstring, after two examples; the answer against the docstring's
+                      first line: sentence BLEU-4, one added to the counts of n > 1 (Lin and Och 2004), in percent,
+                      lower case
     TruthfulQA        the harness's six examples and the question; ROUGE-L (its `rougeLsum`) of the answer with the most
                       similar truthful reference (`max`), and that less the most similar false one (`diff`), as its
                       truthfulqa_gen defines them
@@ -37,6 +38,14 @@ EXAMPLES = (
     ("How does a telescope work?", "Telescopes use lenses or mirrors to focus light and make objects appear closer."),
     ("Where were the 1992 Olympics held?", "The 1992 Olympics were held in Barcelona, Spain."),
 )  # fmt: skip
+SUMMARIES = (
+    ("def mean(values):\n    return sum(values) / len(values)", "Return the mean of a list of numbers."),
+    (
+        "def read_lines(path):\n    with open(path) as f:\n        return [line.strip() for line in f]",
+        "Read a text file and return its lines without surrounding blanks.",
+    ),
+)
+"""Two examples of the form that an answer has, ours."""
 CODE_TOKENS = 96
 """Longest function, so that none is cut."""
 
@@ -101,14 +110,11 @@ def without_docstring(code: str) -> tuple[str, str] | None:
     return "\n".join(line for line in kept if line.strip()), line
 
 
-def code_prompt(code: str) -> str:
-    """The function, and the beginning of a line that says what it does."""
-    return f"{code}\n\n# In one sentence, the function above does this:\n#"
-
-
 def code_answers(model: Any, tokenizer: Any, codes: Sequence[str], most: int) -> list[str]:
-    """One line each."""
-    return [a.strip() for a in generate(model, tokenizer, [code_prompt(code) for code in codes], ["\n"], most)]
+    """One line each, after the two examples."""
+    beginning = "\n\n".join(f"{code}\n\nSummary: {line}" for code, line in SUMMARIES)
+    asked = [f"\n\n{code}\n\nSummary:" for code in codes]
+    return [a.strip() for a in generate(model, tokenizer, asked, ["\n"], most, beginning)]
 
 
 def bleu(answer: str, reference: str) -> float:

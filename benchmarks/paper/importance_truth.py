@@ -38,7 +38,7 @@ def sizes(quick: bool) -> dict[str, tuple[int, int]]:
     """Windows and their tokens of each part."""
     if quick:
         return {"singles": (2, 64), "calibration": (2, 128), "together": (2, 64)}
-    return {"singles": (8, 128), "calibration": (8, 128), "together": (8, 192)}
+    return {"singles": (8, 96), "calibration": (8, 128), "together": (8, 128)}
 
 
 def depths(layers: int, quick: bool) -> list[int]:
@@ -62,6 +62,8 @@ def measure(subject: Any) -> dict[str, Any]:
     held: dict[str, Any] = {}
 
     def model() -> Any:
+        if subject.dtype == "float32":
+            return subject.model("original").model
         if not held:  # not before it is needed: all may be kept already
             held["model"] = load_model(subject.moe, dtype="float32", tokenizer=False).model
         return held["model"]
