@@ -17,6 +17,7 @@ import numpy as np
 from lm_eval import evaluator
 
 from equipoise.evaluation.harness import load_tasks
+from equipoise.evaluation.harness_model import HarnessModel
 from equipoise.evaluation.paired import Difference, Measure, compare, pool
 
 ROWS = 12
@@ -37,7 +38,7 @@ def neighbour(folder: str, name: str) -> Any:
     return sys.modules[known]
 
 
-def answered(loaded: Any, task: str, data: Path, limit: int) -> dict[str, list[float]]:
+def answered(loaded: Any, task: str, data: Path, limit: int, packed: bool) -> dict[str, list[float]]:
     """Right (1) or wrong (0) for each document, by task name (of `mmlu`, by subject).
 
     Args:
@@ -45,9 +46,12 @@ def answered(loaded: Any, task: str, data: Path, limit: int) -> dict[str, list[f
         task: of the product's task files.
         data: directory of their rows.
         limit: documents of each task or subject, the first.
+        packed: the answers to a question in one row. Not with LASER: it has to tell padding, which a packed row's
+            mask does not show, and the load it routes by would be that of another batch than the harness's.
     """
     tasks = load_tasks([task], data)
-    model = neighbour("reference_moe", "answers").PackedModel(loaded, ROWS)
+    kind = neighbour("reference_moe", "answers").PackedModel if packed else HarnessModel
+    model = kind(loaded, ROWS)
     with redirect_stdout(sys.stderr):
         out: Any = evaluator.evaluate(lm=model, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     return {

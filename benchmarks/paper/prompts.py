@@ -32,7 +32,7 @@ CALIBRATION = 0.1
 
 
 def prompts(task: str, data: Path, tokenizer: Any, limit: int) -> list[list[int]]:
-    """Token ids of a task's prompts, spread evenly over its documents (of MMLU: over its subjects' documents).
+    """Token ids of a task's prompts: its first documents (of MMLU, the first of each subject), shuffled once.
 
     Args:
         task: of the product's task files.
@@ -41,8 +41,9 @@ def prompts(task: str, data: Path, tokenizer: Any, limit: int) -> list[list[int]
         limit: how many prompts.
     """
     texts: list[str] = []
-    for one in load_tasks([task], data)["tasks"].values():
-        one.build_all_requests(limit=None, rank=0, world_size=1)
+    parts = load_tasks([task], data)["tasks"].values()
+    for one in parts:
+        one.build_all_requests(limit=-(-limit // len(parts)), rank=0, world_size=1)
         seen: set[int] = set()
         for request in one.instances:
             if request.doc_id not in seen:

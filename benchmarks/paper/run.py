@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws a bar for each of MMLU's 57 subjects
 
 import ablation
 import batches
@@ -46,7 +49,7 @@ from equipoise.pipeline.versions import made_with
 def parts(subject: Subject, trace_files: Path, work: Path) -> dict[str, tuple[Any, Callable[[], Any], dict[str, Any]]]:
     """Name -> (module, how to measure it, what else its cell depends on), in the order of the document."""
     quick = {"quick": subject.quick, "share": subject.share}
-    names = sorted(path.name for path in trace_files.glob("*.npz"))
+    files = {"files": sorted(path.name for path in trace_files.glob("*.npz")), "quick": subject.quick}
     return {
         "table2": (table2, lambda: table2.measure(subject), {}),
         "domains": (domains, lambda: domains.measure(subject), quick),
@@ -58,7 +61,7 @@ def parts(subject: Subject, trace_files: Path, work: Path) -> dict[str, tuple[An
         "gaps": (gaps, lambda: gaps.measure(subject), quick),
         "streams": (streams, lambda: streams.measure(subject), quick),
         "generation": (generation, lambda: generation.measure(subject), quick),
-        "traces": (traces, lambda: traces.measure(trace_files), {"files": names}),
+        "traces": (traces, lambda: traces.measure(trace_files, subject.quick), files),
         "switch": (switch_table, lambda: switch_table.measure(subject.data, work / "switch", subject.quick), quick),
     }  # fmt: skip
 

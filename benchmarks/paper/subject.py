@@ -37,7 +37,7 @@ from equipoise.options import ProfileOptions
 from equipoise.profiling import importance
 from equipoise.rerouting import Thresholds, calibrate, installed
 from equipoise.runtime.kernels.packed import can_pack
-from equipoise.types import IntArray, Plan, Profile
+from equipoise.types import Budget, IntArray, Plan, Profile
 
 VARIANTS = ("original", "paper", "joint", "laser", "joint + laser")
 LASER_BOUND = 0.005
@@ -55,6 +55,7 @@ class Sizes:
         others: the same for the other variants.
         subject_items, subject_others: the same of each of MMLU's 57 subjects.
         windows: of a domain, to plan on and to score on.
+        laser_windows: of calibration text, for LASER's thresholds (it is read some twenty times).
     """
 
     prompts: int = 400
@@ -64,6 +65,7 @@ class Sizes:
     subject_items: int = 20
     subject_others: int = 6
     windows: int = 24
+    laser_windows: int = 32
 
     def scaled(self, share: float) -> Sizes:
         """A share of everything, at least as much as the quick form."""
@@ -75,7 +77,7 @@ class Sizes:
         )
 
 
-QUICK = Sizes(prompts=60, lis=10, items=24, others=24, subject_items=1, subject_others=1, windows=3)
+QUICK = Sizes(prompts=60, lis=10, items=24, others=24, subject_items=1, subject_others=1, windows=3, laser_windows=6)
 
 
 class Subject:
@@ -136,8 +138,13 @@ class Subject:
         counts = self.routing(task)
         return counts[prompts.calibration(len(counts)) :]
 
-    def windows(self, part: str = "calibration") -> list[Batch]:
-        """Windows of `WINDOW` tokens of the tasks' prompts: of calibration, or of the `rest` (as many of each task)."""
+    def windows(self, part: str = "calibration", most: int = 0) -> list[Batch]:
+        """Windows of `WINDOW` tokens of the tasks' prompts, in batches of 8 that know their tasks.
+
+        Args:
+            part: `calibration`, or as many prompts of each task of the `rest`.
+            most: so many windows, spread evenly (0 = all).
+        """
         rows: list[list[int]] = []
         names: list[str] = []
         for task in prompts.TASKS:
@@ -147,10 +154,10 @@ class Subject:
             made = prompts.joined(chosen, WINDOW, self.tokenizer.eos_token_id)
             rows += made
             names += [task] * len(made)
-        batches = []
-        for start, tensors in zip(range(0, len(rows), 8), prompts.batched(rows, 8), strict=True):
-            batches.append(Batch(tensors, tuple(names[start : start + 8])))
-        return batches
+        if 0 < most < len(rows):
+            kept = [int(i) for i in np.linspace(0, len(rows) - 1, most).round()]
+            rows, names = [rows[i] for i in kept], [names[i] for i in kept]
+        return [Batch(tensors, tuple(names[8 * i : 8 * i + 8])) for i, tensors in enumerate(prompts.batched(rows, 8))]
 
     @functools.cached_property
     def profile(self) -> Profile:
@@ -186,15 +193,17 @@ class Subject:
 
     def apply(self, model: Any, plan: Plan) -> None:
         """Apply a plan of the checkpoint to a model that was loaded in `dtype`."""
-        eq.apply(model, as_computed(plan) if self.dtype == "float32" else plan)
+        eq.apply(model, as_computed(plan, self.profile) if self.dtype == "float32" else plan)
 
     def thresholds(self, variant: str) -> Thresholds | None:
         """LASER's, for the variants that have it; calibrated to `LASER_BOUND` on the calibration windows."""
         if not variant.endswith("laser"):
             return None
-        path = self.store.path(f"thresholds {variant}", self.inputs(bound=LASER_BOUND), [prompts], "json")
+        inputs = self.inputs(bound=LASER_BOUND, windows=self.sizes.laser_windows)
+        path = self.store.path(f"thresholds {variant}", inputs, [prompts], "json")
         if not path.exists() or self.store.fresh:
-            found = calibrate(self.model(variant).model, self.windows(), max_loss_increase=LASER_BOUND)
+            seen = self.windows(most=self.sizes.laser_windows)
+            found = calibrate(self.model(variant).model, seen, max_loss_increase=LASER_BOUND)
             eq.save_laser(found.thresholds, path)
         return eq.load_laser(path)
 
@@ -229,9 +238,19 @@ def int8_importance() -> Iterator[None]:
         importance.low_precision = kept
 
 
-def as_computed(plan: Plan) -> Plan:
-    """A plan of the bfloat16 checkpoint for the same model held in float32."""
-    return dataclasses.replace(plan, model=dataclasses.replace(plan.model, dtype="float32"))
+def as_computed(plan: Plan, profile: Profile) -> Plan:
+    """A plan of the bfloat16 checkpoint for the same model held in float32, where an original slot takes twice as much.
+
+    Args:
+        plan: of the checkpoint.
+        profile: with the checkpoint's sizes (`as_stored`).
+    """
+    sizes = {name: own.astype(int) * (2 if name == "original" else 1) for name, own in profile.expert_bytes.items()}
+    needed = sum(
+        int(sizes[slot.precision][row, slot.expert]) for row, layer in enumerate(plan.layers) for slot in layer.slots
+    )
+    budget = Budget(original_bytes=int(sizes["original"].sum()), limit_bytes=needed, plan_bytes=needed)
+    return dataclasses.replace(plan, budget=budget, model=dataclasses.replace(plan.model, dtype="float32"))
 
 
 def mean_lis(counts: Any) -> float:

@@ -47,7 +47,7 @@ def measure_lis(subject: Subject, variant: str, task: str, count: int) -> dict[s
 def measure_accuracy(subject: Subject, variant: str, task: str, limit: int) -> dict[str, list[float]]:
     """Right or wrong for each document, by (sub)task."""
     with subject.variant(variant) as loaded:
-        return accuracy.answered(loaded, task, subject.data, limit)
+        return accuracy.answered(loaded, task, subject.data, limit, packed=not variant.endswith("laser"))
 
 
 def measure(subject: Subject) -> dict[str, Any]:
