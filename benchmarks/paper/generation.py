@@ -30,7 +30,7 @@ def sizes(quick: bool) -> dict[str, int]:
     """Items of each task, characters of an article, and new tokens of an answer."""
     if quick:
         return {"articles": 6, "characters": 300, "functions": 6, "questions": 6, "most": 12}
-    return {"articles": 60, "characters": 400, "functions": 60, "questions": 80, "most": 28}
+    return {"articles": 60, "characters": 300, "functions": 60, "questions": 60, "most": 20}
 
 
 def measure(subject: Any) -> dict[str, Any]:

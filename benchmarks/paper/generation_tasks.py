@@ -119,13 +119,11 @@ def code_answers(model: Any, tokenizer: Any, codes: Sequence[str], most: int) ->
 
 def bleu(answer: str, reference: str) -> float:
     """Smoothed sentence BLEU-4, in percent."""
-    from sacrebleu import sentence_bleu
+    from sacrebleu import corpus_bleu
 
-    return float(
-        sentence_bleu(
-            answer, [reference], smooth_method="add-k", smooth_value=1, lowercase=True, use_effective_order=False
-        ).score
-    )
+    # A corpus of one: `sentence_bleu` warns of each sentence scored with all four orders, as is wanted here.
+    options = {"smooth_method": "add-k", "smooth_value": 1, "lowercase": True, "use_effective_order": False}
+    return float(corpus_bleu([answer], [[reference]], **options).score)
 
 
 def questions(data: Path, count: int) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ def until(text: str, stops: Sequence[str]) -> str:
 @torch.inference_mode()
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[str], stops: Sequence[str], most: int, beginning: str = "",
-    batch: int = 32,
+    batch: int = 64,
 ) -> list[str]:  # fmt: skip
     """Answers, each the most likely token after token, without what stops it.
 
