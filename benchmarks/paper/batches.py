@@ -232,8 +232,9 @@ def section(values: dict[str, Any], folder: Path, quick: bool) -> Section:
     first = next(iter(values["tasks"].values()))
     text = (
         f"{verdict(values)}\n\n{picture(path, 'LIS against batch size, padding left out and counted')}\n\n"
-        f"Mean over layers and {len(values['tasks'])} tasks, {first['prompts']} prompts a task (first row: {first['all_prompts']}), in the "
-        f"order in which they come; the padding token is `{values['pad_token']}` and the attention mask leaves it out. "
+        f"Mean over layers and {len(values['tasks'])} tasks, {first['prompts']} prompts a task (first row: "
+        f"{first['all_prompts']}), in the order in which they come; the padding token is `{values['pad_token']}` and "
+        "the attention mask leaves it out. "
         "For generation batches are padded on the left; lm-evaluation-harness pads on the right where it scores "
         "answers.\n\n"
         f"{table(columns, rows)}\n\nPadding left out, by task, all prompts:\n\n{table(columns, tasks)}\n"
