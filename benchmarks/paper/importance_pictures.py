@@ -58,8 +58,12 @@ def draw_truth(values: dict[str, Any], scores: Mapping[str, npt.NDArray[np.float
             axes.set_yscale("log" if real.min() > 0 else "linear")
             if score.min() > 0 and score.max() > 30 * score.min():
                 axes.set_xscale("log")
+            else:
+                axes.locator_params(axis="x", nbins=3)
+                axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+                axes.xaxis.offsetText.set_fontsize(7)
             axes.grid(alpha=0.3)
-            axes.tick_params(labelsize=7)
+            axes.tick_params(which="both", labelsize=7)
         row[0].set_ylabel(f"{change}: divergence, nats")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(layers), fontsize=9)

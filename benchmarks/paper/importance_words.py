@@ -133,7 +133,7 @@ def _agreement_table(found: Agreements, truth: str) -> str:
     names = list(dict.fromkeys(name for _, _, name in found))
     rows = []
     for name in names:
-        row = [f"`{name}`" if " " not in name or name in NAMES else name]
+        row = [_code(name)]
         for change in CHANGES:
             a = found[truth, change, name]
             row.append(f"{a.pooled[0]:+.2f} [{a.pooled[1]:+.2f}, {a.pooled[2]:+.2f}]")
@@ -211,7 +211,7 @@ def _best(found: Agreements, truth: str, change: str) -> tuple[str, float]:
 
 
 def _code(name: str) -> str:
-    return name if name.startswith("wanda") or name == "frequency" else f"`{name}`"
+    return f"`{name}`" if name in ("error", *NAMES) else name
 
 
 def together_text(values: dict[str, Any], choosers: Sequence[str]) -> str:
@@ -250,7 +250,7 @@ def together_text(values: dict[str, Any], choosers: Sequence[str]) -> str:
         widest = max(gap, key=lambda by: gap[by])
         said.append(
             f"- {change}: the least important by {_code(order[0])} cost least "
-            f"({1e3 * divergences[order[0], 'least', change]:.3g}), by {_code(order[-1])} most "
+            f"({1e3 * divergences[order[0], 'least', change]:.3g} 10^-3 nats), by {_code(order[-1])} most "
             f"({1e3 * divergences[order[-1], 'least', change]:.3g}); {_code(widest)} tells the two ends apart best "
             f"(factor {gap[widest]:.1f})."
         )
