@@ -102,7 +102,8 @@ def verdict(values: dict[str, Any]) -> str:
     sure = [name for name in rows if name != "original" and rows[name]["change"][1] > 0]
     better = [name for name in rows if name != "original" and rows[name]["change"][2] < 0]
     changes = [abs(rows[name]["change"][0]) for name in rows if name != "original"]
-    said.append(f"Perplexity changes by at most {max(changes):.2f} %; "
+    widest = max((row["change"][2] - row["change"][1]) / 2 for row in rows.values() if "change" in row)
+    said.append(f"Perplexity changes by at most {max(changes):.2f} % (the widest interval: ± {widest:.2f} %); "
                 + (f"it is worse beyond chance for {', '.join(TITLES[n] for n in sure)}" if sure
                    else "for no strategy is it worse beyond chance")
                 + (f", better beyond chance for {', '.join(TITLES[n] for n in better)}." if better
