@@ -34,11 +34,15 @@ class Store:
     Args:
         work: directory that keeps them.
         fresh: measure anew what is there.
+
+    Attributes:
+        kept_only: measure no cell; what is not kept is None.
     """
 
     def __init__(self, work: Path, fresh: bool = False) -> None:
         self.work = work
         self.fresh = fresh
+        self.kept_only = False
         self.measured = self.read = 0
         self.failed: dict[str, str] = {}
         self.seconds = 0.0
@@ -50,7 +54,6 @@ class Store:
         inputs: Mapping[str, Any],
         measure: Callable[[], Any],
         code: Sequence[ModuleType] = (),
-        kept_only: bool = False,
     ) -> Any:
         """The value of a cell, measured when it is not kept.
 
@@ -59,7 +62,6 @@ class Store:
             inputs: what it depends on, plain values.
             measure: gives a plain value (dicts, lists, numbers, text).
             code: modules whose text belongs to the inputs.
-            kept_only: measure nothing.
 
         Returns:
             The value; None where it could not be measured (`failed` says why) or is not kept.
@@ -71,7 +73,7 @@ class Store:
                 self.read += 1
                 self.seconds += document["seconds"]
                 return document["value"]
-        if kept_only:
+        if self.kept_only:
             return None
         console.note(f"measures {name}")
         began = time.perf_counter()

@@ -111,6 +111,7 @@ def draw(values: dict[str, Any], path: Path) -> None:
     axes.axhline(BAR, color="#d1495b", linewidth=1, linestyle="--", label=f"bar, {BAR:.2f}")
     axes.set_xticks(at, list(values))
     axes.set_ylabel("held-out LIS, mean over layers")
+    axes.margins(y=0.14)
     axes.legend(ncols=5, frameon=False, fontsize=9)
     with atomic_file(path) as partial:
         figure.savefig(partial, format="png")

@@ -17,19 +17,26 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws a bar for each of MMLU's 57 subjects
 
 import ablation
 import batches
+import counted
 import document
 import domains
+import expert_changes
+import expert_predictors
 import gaps
 import generation
 import headline
 import importance_truth
+import prompts
+import rank_agreement
 import samples
 import speed
 import streams
@@ -46,24 +53,48 @@ from equipoise.errors import InputError
 from equipoise.pipeline.versions import made_with
 
 
-def parts(subject: Subject, trace_files: Path, work: Path) -> dict[str, tuple[Any, Callable[[], Any], dict[str, Any]]]:
-    """Name -> (module, how to measure it, what else its cell depends on), in the order of the document."""
-    quick = {"quick": subject.quick, "share": subject.share}
+@dataclass(frozen=True)
+class Part:
+    """A section of the document.
+
+    Attributes:
+        module: has `section`.
+        measure: gives its values.
+        inputs: what they depend on, beside the model and its calibration.
+        code: modules that measure, beside `module`.
+        own_cells: it is made of cells of its own, each kept as it is found.
+    """
+
+    module: Any
+    measure: Callable[[], Any]
+    inputs: dict[str, Any] = field(default_factory=dict)
+    code: tuple[ModuleType, ...] = ()
+    own_cells: bool = False
+
+
+def parts(subject: Subject, trace_files: Path, work: Path) -> dict[str, Part]:
+    """Every section by name, in the order of the document."""
+    size = {"quick": subject.quick, "share": subject.share}
     files = {"files": sorted(path.name for path in trace_files.glob("*.npz")), "quick": subject.quick}
+    truth = (expert_changes, expert_predictors, rank_agreement)
+
+    def part(module: Any, *code: ModuleType) -> Part:
+        return Part(module, lambda: module.measure(subject), size, (prompts, *code))
+
     return {
-        "table2": (table2, lambda: table2.measure(subject), {}),
-        "domains": (domains, lambda: domains.measure(subject), quick),
-        "speed": (speed, lambda: speed.measure(subject), quick),
-        "batches": (batches, lambda: batches.measure(subject), quick),
-        "importance": (importance_truth, lambda: importance_truth.measure(subject), quick),
-        "samples": (samples, lambda: samples.measure(subject), quick),
-        "ablation": (ablation, lambda: ablation.measure(subject), quick),
-        "gaps": (gaps, lambda: gaps.measure(subject), quick),
-        "streams": (streams, lambda: streams.measure(subject), quick),
-        "generation": (generation, lambda: generation.measure(subject), quick),
-        "traces": (traces, lambda: traces.measure(trace_files, subject.quick), files),
-        "switch": (switch_table, lambda: switch_table.measure(subject.data, work / "switch", subject.quick), quick),
-    }  # fmt: skip
+        "table2": Part(table2, lambda: table2.measure(subject), own_cells=True),
+        "domains": part(domains),
+        "speed": part(speed),
+        "batches": part(batches),
+        "importance": part(importance_truth, *truth),
+        "samples": part(samples, counted),
+        "ablation": part(ablation, counted),
+        "gaps": part(gaps),
+        "streams": part(streams),
+        "generation": Part(generation, lambda: generation.measure(subject), own_cells=True),
+        "traces": Part(traces, lambda: traces.measure(trace_files, subject.quick), files),
+        "switch": Part(switch_table, lambda: switch_table.measure(subject.data, work / "switch", subject.quick), size),
+    }
 
 
 def main() -> int:
@@ -97,19 +128,19 @@ def main() -> int:
     folder = out.parent / PICTURES
     folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {}
-    for name, (module, measure, more) in known.items():
-        wanted = not arguments.only or name in arguments.only
-        if name == "table2":  # made of cells of its own
-            values[name] = measure()
+    chapters: list[Section] = []
+    for name, part in known.items():
+        store.kept_only = bool(arguments.only) and name not in arguments.only
+        if part.own_cells:
+            values[name] = part.measure()
         else:
-            values[name] = store.cell(name, subject.inputs(**more), measure, [module], kept_only=not wanted)
-    chapters: list[Section] = [headline.section(values)]
-    for name, (module, _, _) in known.items():
+            values[name] = store.cell(name, subject.inputs(**part.inputs), part.measure, [part.module, *part.code])
         if values[name] is None:
             why = store.failed.get(name, "not measured in this run")
             chapters.append(Section(name.capitalize(), f"Not run: {why}."))
         else:
-            chapters.append(module.section(values[name], folder, arguments.quick))
+            chapters.append(part.module.section(values[name], folder, arguments.quick))
+    chapters.insert(0, headline.section(values))
     document.write(out, chapters, _about(arguments, subject, store), store.failed)
     console.note(f"written: {out}, pictures in {folder}")
     console.last_line(

@@ -173,6 +173,7 @@ def draw(values: dict[str, Any], path: Path) -> None:
         axes.set_ylabel("LIS (1 = as even as one slot an expert)")
         axes.set_title(title, fontsize=10)
         axes.set_xticks(at, [TITLES[task] for task in prompts.TASKS])
+        axes.margins(y=0.16)
     figure.axes[0].legend(ncols=len(VARIANTS), frameon=False, loc="upper left", fontsize=9)
     with atomic_file(path) as partial:
         figure.savefig(partial, format="png")
