@@ -1,37 +1,13 @@
-"""The scripts of benchmarks/paper, imported without leaving their plain names behind, and small counts to try them."""
-
-import importlib
-import sys
-from pathlib import Path
-from types import SimpleNamespace
+"""The scripts of benchmarks/paper, and small counts to try them."""
 
 import numpy as np
-import pytest
+from script_modules import import_scripts
 
 from equipoise.types import Profile
 
-pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
-pytest.importorskip("matplotlib", reason="the extra [bench] is not installed")
-
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "paper"
-
-
-def _import(*wanted: str) -> SimpleNamespace:
-    """Scripts by name; those they import come along, whatever else the folder holds."""
-    names = [path.stem for path in FOLDER.glob("*.py")]
-    before = {name: sys.modules.pop(name, None) for name in names}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in wanted})
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-
-
-scripts = _import("ablation", "batches", "counted", "gaps", "prompts", "samples", "sections", "streams", "traces")
+scripts = import_scripts(
+    "paper", "ablation", "batches", "counted", "gaps", "prompts", "samples", "sections", "streams", "traces"
+)
 
 
 def prompt_counts(number: int = 40, layers: int = 3, experts: int = 8, seed: int = 0, skew: float = 1.0) -> np.ndarray:

@@ -1,34 +1,11 @@
-"""The scripts of benchmarks/reference_moe, imported without leaving their plain names (`data`, `model`) behind."""
+"""The scripts of benchmarks/reference_moe, and tiny models for them."""
 
-import importlib
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
-import pytest
 import torch
+from script_modules import BENCHMARKS, import_scripts
 from transformers import LlamaConfig, LlamaForCausalLM
 
-pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
-
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "reference_moe"
-
-
-def _import_all() -> SimpleNamespace:
-    names = [path.stem for path in FOLDER.glob("*.py")]
-    before = {name: sys.modules.pop(name, None) for name in names}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-
-
-scripts = _import_all()
+FOLDER = BENCHMARKS / "reference_moe"
+scripts = import_scripts("reference_moe")
 
 
 def tiny_llama(vocabulary: int = 97) -> LlamaForCausalLM:

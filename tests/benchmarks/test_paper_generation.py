@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from paper_truth_modules import import_scripts
+from script_modules import import_scripts
 
 from tiny import FAMILIES, VOCAB, tiny_tokenizer
 
 pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
 
-scripts = import_scripts("cells", "generation", "generation_tasks", "greedy")
+scripts = import_scripts("paper", "cells", "generation", "generation_tasks", "greedy")
 tasks, greedy = scripts.generation_tasks, scripts.greedy
 
 

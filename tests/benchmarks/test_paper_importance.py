@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from paper_truth_modules import import_scripts
 from scipy.stats import spearmanr
+from script_modules import import_scripts
 
 import equipoise as eq
 from equipoise.evaluation.data import Batch
@@ -17,8 +17,8 @@ from equipoise.options import ProfileOptions
 from tiny import FAMILIES, VOCAB, save_tiny
 
 scripts = import_scripts(
-    "cells", "expert_changes", "expert_predictors", "importance_pictures", "importance_truth", "importance_words",
-    "rank_agreement",
+    "paper", "cells", "expert_changes", "expert_predictors", "importance_pictures", "importance_truth",
+    "importance_words", "rank_agreement",
 )  # fmt: skip
 changes, predictors, ranks = scripts.expert_changes, scripts.expert_predictors, scripts.rank_agreement
 
