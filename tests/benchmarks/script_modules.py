@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
-pytest.importorskip("matplotlib", reason="the extra [bench] is not installed")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
