@@ -85,3 +85,9 @@ def __dir__() -> list[str]:
 def _register(_module: Any) -> None:
     """Register the experts implementation and the checkpoint format, now or when transformers is imported."""
     importlib.import_module("equipoise.runtime.registration")
+
+
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
+def _register_families(_module: Any) -> None:
+    """Register the families that transformers does not have; their model classes come with their configurations."""
+    importlib.import_module("equipoise.native").register()
