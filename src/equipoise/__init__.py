@@ -87,7 +87,5 @@ def _register(_module: Any) -> None:
     importlib.import_module("equipoise.runtime.registration")
 
 
-@wrapt.when_imported("transformers.models.auto.configuration_auto")
-def _register_families(_module: Any) -> None:
-    """Register the families that transformers does not have; their model classes come with their configurations."""
-    importlib.import_module("equipoise.native").register()
+
+importlib.import_module("equipoise.native.imports").watch()

@@ -1,9 +1,8 @@
 """Configurations of the native families: the fields of their published config.json, with the authors' defaults.
 
-No torch here: a configuration imports its model class only when one is built.
+No torch here: a configuration imports its model class only when one is built. Annotations are not postponed: the
+types of the fields are checked by them.
 """
-
-from __future__ import annotations
 
 import importlib
 from typing import Any, ClassVar
