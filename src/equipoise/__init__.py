@@ -87,5 +87,4 @@ def _register(_module: Any) -> None:
     importlib.import_module("equipoise.runtime.registration")
 
 
-
 importlib.import_module("equipoise.native.imports").watch()

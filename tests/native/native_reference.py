@@ -1,4 +1,4 @@
-"""DeepSeek-MoE and LLaMA-MoE written out in plain operations on the published tensors, and random tensors in that layout.
+"""DeepSeek-MoE and LLaMA-MoE in plain operations on the published tensors, and random tensors in that layout.
 
 Nothing of equipoise or of transformers' models is used: one loop over layers, rows and selected experts, in float64.
 """

@@ -7,8 +7,8 @@ and they save under their published names again.
 
 `import equipoise` is all that plain `AutoModelForCausalLM.from_pretrained(directory)` needs: the configurations are
 registered with transformers' Auto classes as soon as these are imported (`imports`), and a configuration brings its
-model class when the first one is built. Without equipoise, `register()` here does the same. Remote code is never run, not
-with `trust_remote_code=True` either: transformers prefers a registered class.
+model class when the first one is built. Without `import equipoise`, `register()` here does the same. Remote code is
+never run, not with `trust_remote_code=True` either: transformers prefers a registered class.
 
 For inference: the noise on the gates and the losses that train them are left out.
 """

@@ -33,7 +33,7 @@ class DeepseekRouter(Router):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """hidden [T, H] -> logits [T, E], weights [T, k], index int64 [T, k]."""
+        """From hidden [T, H]: logits [T, E], weights [T, k], index int64 [T, k]."""
         logits = functional.linear(hidden, self.weight)
         weights, index = torch.topk(logits.softmax(-1), self.top_k, dim=-1, sorted=False)
         if self.norm_topk_prob and self.top_k > 1:
@@ -54,7 +54,7 @@ class DeepseekMoE(nn.Module):
             self.shared_experts = DeepseekV2MLP(config, intermediate_size=width)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., H] -> [..., H]."""
+        """The same shape as hidden, [..., H]."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         _, weights, index = self.gate(flat)
         out = self.experts(flat, index, weights).reshape(hidden.shape)

@@ -40,7 +40,7 @@ class LlamaMoERouter(Router):
             self.weight_noise = nn.Linear(wide, narrow, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """hidden [T, H] -> logits [T, E], weights [T, k], index int64 [T, k]."""
+        """From hidden [T, H]: logits [T, E], weights [T, k], index int64 [T, k]."""
         logits = self.gate_network(hidden)
         scores, index = torch.topk(logits, self.top_k, dim=-1)
         if not self.use_scores:
@@ -59,7 +59,7 @@ class LlamaMoELayer(nn.Module):
         self.experts = Qwen2MoeExperts(config)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., H] -> [..., H]."""
+        """The same shape as hidden, [..., H]."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         _, weights, index = self.gate(flat)
         return self.experts(flat, index, weights).reshape(hidden.shape)
