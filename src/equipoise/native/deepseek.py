@@ -26,7 +26,7 @@ from equipoise.native.llama import RoutedForCausalLM, RoutedModel, Router, regis
 class DeepseekRouter(Router):
     """Softmax over all experts in the dtype of the model, then the k largest."""
 
-    def __init__(self, config: DeepseekConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
@@ -44,7 +44,7 @@ class DeepseekRouter(Router):
 class DeepseekMoE(nn.Module):
     """Routed experts, and the shared ones as one MLP of their joint width."""
 
-    def __init__(self, config: DeepseekConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.gate = DeepseekRouter(config)
         self.experts = Qwen2MoeExperts(config)
