@@ -80,7 +80,7 @@ class RoutedModel(RoutedPreTrainedModel, LlamaModel):
         layer = LlamaDecoderLayer(config, number)
         block = self.block_of(config, number)
         if block is not None:
-            layer.mlp = block
+            layer.mlp = block  # type: ignore[assignment]
         return layer
 
 
