@@ -1,7 +1,8 @@
-"""Tiny random models of every MoE family of transformers that equipoise supports, and a way to save them.
+"""Tiny random models of every MoE family that equipoise supports, and a way to save them.
 
 `FAMILIES[name]()` builds one: seeded, random weights, on the CPU, in evaluation mode, 2 or 3 MoE layers of 8 experts,
-hidden 32, 128 words. The name is the directory of the family in `transformers.models`.
+hidden 32, 128 words. The name is the directory of the family in `transformers.models`, or its module in
+`equipoise.native`.
 What transformers initialises to a constant (selection biases, expert biases, norms) gets noise, so that a result
 shows when one of them is forgotten.
 """
@@ -19,9 +20,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from tiny_families import CONFIGURATIONS, EXPERTS, LEFT_OUT, SIZES, VOCAB
+from tiny_families import CONFIGURATIONS, EXPERTS, LEFT_OUT, NATIVE, SIZES, VOCAB
 
-__all__ = ["EXPERTS", "FAMILIES", "LEFT_OUT", "VOCAB", "build", "configure", "save_tiny", "tiny_tokenizer"]
+__all__ = ["EXPERTS", "FAMILIES", "LEFT_OUT", "NATIVE", "VOCAB", "build", "configure", "save_tiny", "tiny_tokenizer"]
 
 
 def configure(config_class: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
@@ -48,7 +49,8 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **cha
         **changes: further configuration values.
     """
     class_name, own = CONFIGURATIONS[name]
-    model_class = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), class_name)
+    module = f"equipoise.native.{name}" if name in NATIVE else f"transformers.models.{name}.modeling_{name}"
+    model_class = getattr(importlib.import_module(module), class_name)
     config = configure(model_class.config_class, own | changes)
     config.dtype = dtype
     with torch.random.fork_rng():

@@ -108,6 +108,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "bailing_hybrid": ("BailingHybridForCausalLM", _MLA | {"layer_group_size": 2}),
     "beam": ("BeamForCausalLM", _SPARSE_AFTER_FIRST),
     "cohere2_moe": ("Cohere2MoeForCausalLM", {"logit_scale": 1.0}),
+    "deepseek": ("DeepseekForCausalLM", {"n_shared_experts": 2}),
     "deepseek_ocr2": ("DeepseekOcr2ForConditionalGeneration", _OCR),
     "deepseek_v2": ("DeepseekV2ForCausalLM", _MLA | {"topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", _MLA),
@@ -186,6 +187,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "kolibri1": ("Kolibri1ForCausalLM", {}),
     "laguna": ("LagunaForCausalLM", {}),
     "lfm2_moe": ("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}),
+    "llama_moe": ("LlamaMoEForCausalLM", {"intermediate_size": 16 * EXPERTS, "score_scale_factor": 4.0}),
     "mellum": ("MellumForCausalLM", {}),
     "mimo_v2_flash": ("MiMoV2FlashForCausalLM", {}),
     "minimax": ("MiniMaxForCausalLM", {"intermediate_size": 16, "block_size": 8}),
@@ -281,6 +283,9 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Family -> class name, and configuration values beyond `SIZES`."""
+
+NATIVE = ("deepseek", "llama_moe")
+"""Families whose classes are equipoise's own."""
 
 LEFT_OUT = {
     "diffusion_gemma": "block diffusion, not an autoregressive language model: its forward needs a canvas to denoise",

@@ -85,3 +85,6 @@ def __dir__() -> list[str]:
 def _register(_module: Any) -> None:
     """Register the experts implementation and the checkpoint format, now or when transformers is imported."""
     importlib.import_module("equipoise.runtime.registration")
+
+
+importlib.import_module("equipoise.native.imports").watch()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -86,8 +87,8 @@ def find_source(name: str | Path) -> ModelSource:
         raise InputError(f"no such model: {name} holds no config.json")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
-        raise InputError(f"the config.json of {name} is not readable by transformers: {_first_line(error)}") from error
+    except (ValueError, KeyError, OSError, json.JSONDecodeError, StrictDataclassError) as error:
+        raise InputError(f"the config.json of {name} is not readable by transformers: {_reason(error)}") from error
     return ModelSource(str(name), path, config)
 
 
@@ -103,6 +104,13 @@ def _from_hub(name: str) -> Path:
         raise InputError(
             f"no such model: {name} is not a local directory, and the hub gave nothing ({_first_line(error)})"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The line that says what is wrong: the last one where a configuration class has checked its fields."""
+    if isinstance(error, StrictDataclassError):
+        return str(error).strip().splitlines()[-1].strip()[:200]
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
