@@ -115,9 +115,7 @@ def _no_end(front: list[dict[str, Any]]) -> None:
         (_no_end, "unchanged model must be the last"),
     ],
 )
-def test_a_gate_against_its_own_figures_is_refused(
-    gated: tuple[Path, dict[str, Any]], change: Any, said: str
-) -> None:
+def test_a_gate_against_its_own_figures_is_refused(gated: tuple[Path, dict[str, Any]], change: Any, said: str) -> None:
     document = copy.deepcopy(gated[1])
     change(document["gate"]["front"])
     with pytest.raises(InputError, match=said):
