@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from equipoise.checkpoint import apply_checkpoint
     from equipoise.errors import InputError
     from equipoise.files import load_plan, load_profile, save_plan, save_profile
+    from equipoise.gating import gate
     from equipoise.metrics import lis, max_over_mean, rank_load, slot_lis, slot_load
     from equipoise.planning import plan
     from equipoise.profiling import profile, watch
@@ -46,6 +47,7 @@ _WHERE = {
     "apply": "runtime",
     "apply_checkpoint": "checkpoint",
     "calibrate_laser": "rerouting",
+    "gate": "gating",
     "laser": "rerouting",
     "lis": "metrics",
     "load_laser": "rerouting",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal, get_args
 
 from equipoise.checks import at_least, one_of
@@ -152,3 +153,66 @@ class EvalOptions:
         if self.limit < 0 or (self.fewshot is not None and self.fewshot < 0):
             raise InputError(f"limit and fewshot must not be negative, got {self.limit} and {self.fewshot}")
         one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """How far quality may fall, and what that is measured on. Without a bound there is no gate.
+
+    Attributes:
+        max_accuracy_drop: accuracy gate: points that accuracy on the gate tasks may fall, at the worse end of its
+            paired 95 % interval. Of all their documents together, so a large task counts for more.
+        max_perplexity_rise: perplexity gate: percent that perplexity on the gate text may rise, at the worse end of its
+            paired 95 % interval. With both gates both must hold.
+        gate_tasks: tasks of lm-evaluation-harness, as `eval` runs them.
+        task_data: directory of the tasks' files; None: from the environment (EQUIPOISE_TASK_DATA).
+        gate_text: text that judges plans, apart from calibration and held-out text.
+        gate_share: without gate text: share of the calibration windows that judges plans instead of calibrating, the
+            last of each domain. Held-out text is never used: choosing a plan on it would flatter the report.
+        gate_limit: at most this many documents a gate task, the first, and windows of gate text, spread evenly
+            (0 = all).
+        gate_tries: plans of the front that may be tried, spread over it; each is loaded and measured.
+    """
+
+    max_accuracy_drop: float | None = None
+    max_perplexity_rise: float | None = None
+    gate_tasks: tuple[str, ...] = ()
+    task_data: Path | None = None
+    gate_text: tuple[Path, ...] = ()
+    gate_share: float = 0.25
+    gate_limit: int = 0
+    gate_tries: int = 8
+
+    def __post_init__(self) -> None:
+        for name, most in (("max_accuracy_drop", 100.0), ("max_perplexity_rise", 1e6)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= most:
+                raise InputError(f"{name.replace('_', '-')} must be above 0 and at most {most:g}, got {value}")
+        if not 0 < self.gate_share < 1:
+            raise InputError(f"gate-share is a share of the calibration windows in (0, 1), got {self.gate_share}")
+        at_least("gate-limit", self.gate_limit, 0)
+        at_least("gate-tries", self.gate_tries, 1)
+        if not self.active:
+            changed = [f.name.replace("_", "-") for f in fields(self) if getattr(self, f.name) != f.default]
+            if changed:
+                raise InputError(
+                    f"{changed[0]} is for a gate, which needs a bound: give max-accuracy-drop or max-perplexity-rise"
+                )
+            return
+        if self.max_accuracy_drop is not None and not self.gate_tasks:
+            raise InputError(
+                "max-accuracy-drop needs tasks to measure accuracy on: give gate-tasks, e.g. piqa,arc_easy"
+            )
+        for name, given, bound in (
+            ("gate-tasks", bool(self.gate_tasks), self.max_accuracy_drop),
+            ("task-data", self.task_data is not None, self.max_accuracy_drop),
+            ("gate-text", bool(self.gate_text), self.max_perplexity_rise),
+        ):
+            if given and bound is None:
+                other = "max-perplexity-rise" if name == "gate-text" else "max-accuracy-drop"
+                raise InputError(f"{name} is given, but there is no bound for it: give {other} too, or leave it out")
+
+    @property
+    def active(self) -> bool:
+        """True when there is a bound."""
+        return self.max_accuracy_drop is not None or self.max_perplexity_rise is not None

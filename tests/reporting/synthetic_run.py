@@ -33,6 +33,56 @@ def _layer(number: int, name: str, counts: np.ndarray, size: int, rng: np.random
     return LayerPlan(number, name, experts, tuple(flat))
 
 
+BOUNDS = {"accuracy": 0.5, "perplexity": 0.1}
+NEEDED = 2400
+
+
+def gate_of(names: tuple[str, ...], plan: Plan) -> dict[str, Any]:
+    """Four plans: refused (too wide), accepted, not tried, passed; and the unchanged model."""
+
+    def one(name: str, scale: float, needed: int | None) -> dict[str, Any]:
+        bound = BOUNDS[name]
+        ends = [-0.5 * scale * bound, scale * bound]
+        return {
+            "measure": name,
+            "loss": sum(ends) / 2,
+            "ci95": ends,
+            "bound": bound,
+            "n": 600 if name == "accuracy" else 98,
+            "inside": ends[1] <= bound,
+            "needed": needed,
+        }
+
+    def entry(state: str, lis: float, loss: float, scale: float = 0.0) -> dict[str, Any]:
+        inside = scale <= 1
+        return {
+            "unchanged": loss == 0,
+            "state": state,
+            "lis": lis,
+            "quality_loss": loss,
+            "replicas": plan.num_replicas if state == "accepted" else 0,
+            "quantized": plan.num_quantized if state == "accepted" else 0,
+            "quality_weight": 1 - loss if loss else None,
+            "measured": [one(name, scale, None if inside else NEEDED) for name in names] if scale else [],
+            "reason": f"a reason to be {state}",
+        }
+
+    front = [
+        entry("refused", 0.9, 0.7, 1.6), entry("accepted", 1.1, 0.4, 0.7), entry("not tried", 1.4, 0.2),
+        entry("passed", 1.9, 0.05, 0.3), entry("not tried", 2.9, 0.0),
+    ]  # fmt: skip
+    return {
+        "bounds": {f"max_{n}_{w}": BOUNDS[n] if n in names else None
+                   for n, w in (("accuracy", "drop"), ("perplexity", "rise"))},
+        "tasks": ["piqa"] if "accuracy" in names else [],
+        "items": {what: n for name, what, n in (("accuracy", "documents", 600), ("perplexity", "windows", 98))
+                  if name in names},
+        "tried": 3,
+        "front": front,
+        "seconds": 12.5,
+    }  # fmt: skip
+
+
 def make_run(
     path: Path,
     layers: int = 4,
@@ -44,8 +94,12 @@ def make_run(
     importance: tuple[str, ...] = ("error", "wanda"),
     skew: float = 0.7,
     idle: tuple[int, ...] = (),
+    gate: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Write profile.npz, plan.json, metrics.json; return the metrics as JSON values."""
+    """Write profile.npz, plan.json, metrics.json; return the metrics as JSON values.
+
+    `gate`: bounds (`accuracy`, `perplexity`) of a gate that this plan passed as the second of four.
+    """
     rng = np.random.default_rng(seed)
     path.mkdir(parents=True, exist_ok=True)
     names = names or [f"model.layers.{layer}.mlp.experts" for layer in range(layers)]
@@ -180,5 +234,7 @@ def make_run(
             "data": ["calibration.jsonl.gz"],
         },
     }
+    if gate:
+        document["gate"] = gate_of(gate, plan)
     save_metrics(metrics_from_json(document), path / "metrics.json")
     return document

@@ -107,6 +107,57 @@ def compare(before: Measure, after: Measure, confidence: float = 0.95) -> Differ
     return Difference(scale * delta, scale * low, scale * high, unit, n)
 
 
+def documents_needed(before: Measure, after: Measure, bound: float, confidence: float = 0.95) -> int | None:
+    """Documents at which the worse end of the interval would reach `bound`, if all else stayed as it is.
+
+    The difference and the spread of a document (for right-or-wrong answers: the shares gained and lost) are taken
+    from the n documents at hand, so this is an estimate as good as they are.
+
+    Args:
+        before: of the original.
+        after: of the other model, on the same documents.
+        bound: how much worse is allowed, in the unit of `Difference`, above 0.
+        confidence: coverage of the interval.
+
+    Returns:
+        The number, from 2; None when the difference itself is at the bound or beyond, so that no number would do.
+    """
+    difference = compare(before, after, confidence)
+    sign = -1.0 if before.higher_is_better else 1.0
+    if not sign * difference.value < bound:
+        return None
+    n = len(before.values)
+    change = after.values - before.values
+    if before.kind == "share" and _binary(before.values) and _binary(after.values):
+        gained, lost = float((change > 0).sum()) / n, float((change < 0).sum()) / n
+
+        def inside(m: int) -> bool:
+            low, high = _bonett_price(gained * m, lost * m, m, confidence)
+            return 100 * (high if sign > 0 else -low) <= bound
+    else:
+        delta = after.mean - before.mean
+        spread = float(np.std(before.weights / before.weights.mean() * (change - delta), ddof=1)) if n > 1 else 0.0
+        scale = 100.0 if before.kind == "share" else 1.0
+        room = (np.log1p(bound / 100) if before.kind == "perplexity" else bound / scale) - sign * delta
+
+        def inside(m: int) -> bool:
+            return bool(stats.t.ppf((1 + confidence) / 2, m - 1) * spread <= room * m**0.5)
+
+    outside, found = 1, 2
+    while not inside(found):
+        outside, found = found, 2 * found
+    while found - outside > 1:
+        middle = (outside + found) // 2
+        outside, found = (outside, middle) if inside(middle) else (middle, found)
+    return found
+
+
+def least_documents(bound: float, confidence: float = 0.95) -> int:
+    """Right-or-wrong answers needed before a drop beyond `bound` points can be excluded, even if none changes."""
+    unchanged = Measure("share", np.zeros(2), np.ones(2))
+    return documents_needed(unchanged, unchanged, bound, confidence) or 0
+
+
 def pool(measures: Sequence[Measure]) -> Measure:
     """All documents of several tasks as one measure: each counts once, so a large task counts for more.
 
@@ -122,7 +173,7 @@ def _binary(values: FloatArray) -> bool:
     return bool(np.isin(values, (0.0, 1.0)).all())
 
 
-def _bonett_price(gained: int, lost: int, n: int, confidence: float) -> tuple[float, float]:
+def _bonett_price(gained: float, lost: float, n: int, confidence: float) -> tuple[float, float]:
     """Ends of the interval of (gained - lost) / n, never beyond -1 and 1."""
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     half = float(stats.norm.ppf((1 + confidence) / 2)) * ((up + down - (up - down) ** 2) / (n + 2)) ** 0.5

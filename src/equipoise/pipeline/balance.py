@@ -23,9 +23,13 @@ from equipoise.errors import InputError
 from equipoise.evaluation.data import batches
 from equipoise.evaluation.perplexity import paired_difference
 from equipoise.files import atomic_directory, require_destination, save_plan, save_profile
+from equipoise.gating.gate import gate
+from equipoise.gating.reading import read
+from equipoise.gating.result import GateResult
 from equipoise.metrics import lis, slot_lis, slot_load
 from equipoise.models.loading import DEMO, ModelSource, empty_model, find_source, load_model, load_tokenizer
-from equipoise.options import PlanOptions, ProfileOptions
+from equipoise.options import GateOptions, PlanOptions, ProfileOptions
+from equipoise.pipeline.gated import gate_as_json, prepare_gate
 from equipoise.pipeline.heldout import Heldout, run_heldout
 from equipoise.pipeline.reload import logits_of, reload_difference
 from equipoise.pipeline.text import Split, split_text, thin
@@ -61,10 +65,11 @@ class BalanceOptions:
 
 @dataclass(frozen=True)
 class BalanceResult:
-    """What a run measured. `metrics` is what `metrics.json` holds."""
+    """What a run measured. `metrics` is what `metrics.json` holds; `gate` what a gate tried, None without one."""
 
     metrics: Metrics
     plan: Plan
+    gate: GateResult | None = None
 
 
 def balance(
@@ -76,6 +81,7 @@ def balance(
     options: BalanceOptions | None = None,
     profile_options: ProfileOptions | None = None,
     plan_options: PlanOptions | None = None,
+    gate_options: GateOptions | None = None,
     force: bool = False,
     track: Track = quietly,
 ) -> BalanceResult:
@@ -89,6 +95,7 @@ def balance(
         options: how the text is used.
         profile_options: how load and importance are measured.
         plan_options: how the plan is made.
+        gate_options: bounds on the loss of quality; with one the plan is searched for on the Pareto front.
         force: replace an existing run directory.
         track: progress.
 
@@ -97,33 +104,59 @@ def balance(
     """
     began = time.monotonic()
     options, profile_options = options or BalanceOptions(), profile_options or ProfileOptions()
-    plan_options = plan_options or PlanOptions()
+    plan_options, gate_options = plan_options or PlanOptions(), gate_options or GateOptions()
     out = Path(out)
     require_destination(out, force)
     source = find_source(model if model is not None else DEMO)
-    require_destination(out, force, [source.path, *data, *heldout])
+    require_destination(out, force, [source.path, *data, *heldout, *gate_options.gate_text])
     empty_model(source)
     split = _split(source, data, heldout, options, profile_options, plan_options)
+    prepared = None
+    if gate_options.active:
+        prepared = prepare_gate(source, split, gate_options, profile_options, plan_options, data, heldout)
+        split = prepared.split
 
-    network = load_model(source.name, tokenizer=False).model
+    loaded = load_model(source.name, tokenizer=prepared is not None and prepared.directory is not None)
+    network = loaded.model
     seq_len, rows = profile_options.seq_len, profile_options.batch_size
     chosen = thin(split.calibration, seq_len, fraction=profile_options.fraction, max_tokens=profile_options.max_tokens)
     calibration = batches(chosen, rows, network.config)
     scored = batches(thin(split.heldout, seq_len, max_tokens=options.eval_tokens), rows, network.config)
     profile = measure(network, calibration, profile_options, track=track, model_name=source.name, data=split.described)
-    plan = make_plan(profile, plan_options)
+    gated = None
+    if prepared is None:
+        plan = make_plan(profile, plan_options)
     before = run_heldout(network, scored, track, "evaluating the original")
     bytes_before = expert_bytes(network)
+    if prepared is not None:
+        original = read(loaded, gate_options, prepared.text, prepared.directory, rows, track)
+        del loaded, network
+        gc.collect()  # the gate loads a model for each plan it tries
+        gated = gate(
+            source.name,
+            profile,
+            gate_options,
+            text=prepared.text,
+            plan_options=plan_options,
+            batch_size=rows,
+            original=original,
+            track=track,
+        )
+        plan = gated.plan
+        loaded = load_model(source.name, tokenizer=False)
+        network = loaded.model
     apply(network, plan)
     after = run_heldout(network, scored, track, "evaluating the balanced")
     bytes_after = expert_bytes(network)
     logits = logits_of(network, scored[0])
-    del network
+    del loaded, network
     gc.collect()
 
     with atomic_directory(out, force) as partial:
         save_profile(profile, partial / "profile.npz")
         save_plan(plan, partial / "plan.json")
+        if gated is not None and gated.refused:
+            save_plan(gated.refused[0].plan, partial / "refused-plan.json")
         written = apply_checkpoint(source.name, plan, partial / "model", track=track)
         _same_bytes(plan, bytes_after, written)
         difference = reload_difference(partial / "model", scored[0], logits, torch.get_num_threads())
@@ -143,10 +176,13 @@ def balance(
             **dataclasses.asdict(plan_options),
             "data": split.described,
         }
+        if gated is not None:
+            document["gate"] = gated.to_json()
+            document["options"] |= gate_as_json(gate_options)
         metrics = metrics_from_json(document)
         save_metrics(metrics, partial / "metrics.json")
         write_report(partial)
-    return BalanceResult(metrics, plan)
+    return BalanceResult(metrics, plan, gated)
 
 
 def _split(

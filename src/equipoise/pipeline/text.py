@@ -63,6 +63,28 @@ def split_text(
     return Split(calibration, rest, f"{named}, first {share:.0%} of each domain")
 
 
+def hold_back(items: list[Window], share: float) -> tuple[list[Window], list[Window]]:
+    """Part windows into those to use and those to keep apart: the last `share` of each domain.
+
+    The last, not every n-th: a window beside one that is used comes from the same document.
+
+    Args:
+        items: windows; each domain keeps its order.
+        share: of the windows of a domain, in (0, 1).
+
+    Returns:
+        (used, kept apart). The only window of a domain is used.
+    """
+    used: list[Window] = []
+    apart: list[Window] = []
+    for domain in dict.fromkeys(window.domain for window in items):
+        members = [window for window in items if window.domain == domain]
+        cut = max(1, round(len(members) * (1 - share)))
+        used += members[:cut]
+        apart += members[cut:]
+    return used, apart
+
+
 def thin(items: list[Window], seq_len: int, *, fraction: float = 1.0, max_tokens: int = 0) -> list[Window]:
     """A part of the windows, spread evenly over them.
 

@@ -18,7 +18,8 @@ from equipoise.errors import InputError
 from equipoise.files.atomic import atomic_file
 from equipoise.reporting import tables
 from equipoise.reporting.figures import Figures, figures_of
-from equipoise.reporting.headline import headline, tiles
+from equipoise.reporting.headline import gate_headline, headline, tiles
+from equipoise.reporting.pictures_gate import gate_picture
 from equipoise.reporting.pictures_load import MOST_LINES, gap_picture, heat_map, lis_by_layer
 from equipoise.reporting.pictures_quality import bytes_picture, perplexity_picture, scatter, shown_layers
 from equipoise.reporting.run_directory import FILES, Run, load_run
@@ -44,7 +45,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     target = Path(out) if out is not None else run.path / NAME
     if target.is_dir():
         raise InputError(f"{target} is a directory: give the report a file name")
-    if target.resolve() in {(run.path / name).resolve() for name in FILES}:
+    if target.resolve() in {(run.path / name).resolve() for name in (*FILES, "refused-plan.json")}:
         raise InputError(f"{target} is a file of the run itself: give the report another name")
     page = render(run)
     with atomic_file(target) as partial:
@@ -73,6 +74,9 @@ def render(run: Run) -> str:
         "perplexity": tables.perplexity_table(run.metrics),
         "made": tables.made_table(run),
     }
+    gate = run.metrics.gate
+    if gate is not None:
+        every["gate"] = tables.gate_table(gate)
     return environment.get_template("report.html.j2").render(
         roles=ROLES,
         style=Markup(style),
@@ -80,6 +84,8 @@ def render(run: Run) -> str:
         figures=figures,
         summary=run.metrics.summary,
         headline=headline(run),
+        gate=gate,
+        gate_headline=gate_headline(gate) if gate is not None else "",
         tiles=tiles(run),
         pictures=_pictures(run, figures),
         scatters=_scatters(run, figures),
@@ -100,6 +106,8 @@ def _pictures(run: Run, figures: Figures) -> dict[str, Markup]:
     }
     if figures.shape[1] > 1:  # one expert has no next in rank
         pictures["gap"] = gap_picture(figures)
+    if run.metrics.gate is not None:
+        pictures["gate"] = gate_picture(run.metrics.gate)
     return {name: Markup(svg) for name, svg in pictures.items()}
 
 

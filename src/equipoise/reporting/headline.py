@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from equipoise.reporting.figures import MIB
+from equipoise.reporting.gate_metrics import Gate
 from equipoise.reporting.run_directory import Run
 
 MINUS = "\N{MINUS SIGN}"
@@ -70,6 +71,26 @@ def headline(run: Run) -> str:
         f"{change(s.ppl_delta_pct, s.ppl_delta_ci95)}), and "
         f"{_share(s.tokens_quantized)} of token selections ran on a quantized slot."
     )
+
+
+def gate_headline(gate: Gate) -> str:
+    """What a gate allowed, tried and decided, in two or three sentences."""
+    accuracy, perplexity = gate.bounds.max_accuracy_drop, gate.bounds.max_perplexity_rise
+    allowed = [] if accuracy is None else [f"accuracy may drop by {accuracy:g} points ({', '.join(gate.tasks)})"]
+    allowed += [] if perplexity is None else [f"perplexity may rise by {perplexity:g}{PERCENT}"]
+    on = " and ".join(f"{count:,} {what}" for what, count in gate.items.items())
+    plans = len(gate.front) - 1
+    number = gate.front.index(gate.accepted) + 1
+    chosen = "the unchanged model" if gate.accepted.unchanged else f"plan {number}"
+    text = (
+        f"At the worse end of the paired 95{PERCENT} interval {' and '.join(allowed)}. Of {plans} "
+        f"plan{'' if plans == 1 else 's'} of the front {gate.tried} {'was' if gate.tried == 1 else 'were'} measured on "
+        f"{on}, {len(gate.refused)} refused; accepted: {chosen}, {gate.accepted.reason}."
+    )
+    if gate.refused:
+        first = gate.refused[0]
+        text += f" The most balanced refused is plan {gate.front.index(first) + 1} (refused-plan.json): {first.reason}."
+    return text
 
 
 def tiles(run: Run) -> list[Tile]:

@@ -3,7 +3,8 @@
     {"format": "equipoise-metrics", "version": 1, "summary": {...}, "layers": [{...} x L],
      "heldout_counts": [[...E] x L], "heldout_slots": [[...S_l] x L],
      "bytes_before": {"original": ...}, "bytes_after": {"original": ..., "int8": ...},
-     "perplexity": [{"domain": "all", ...}, ...], "made_with": {...}, "options": {...}}
+     "perplexity": [{"domain": "all", ...}, ...], "made_with": {...}, "options": {...},
+     "gate": {...}}                                                    (`gate_metrics`; only of a run with a gate)
 
 Unknown keys are refused everywhere but in `summary` (the last JSON line of `balance`, which may say more) and
 `options`. Beyond the schema the figures must agree with each other: layers add up to totals, means are means,
@@ -26,6 +27,7 @@ from equipoise import metrics as measures
 from equipoise.errors import InputError
 from equipoise.files.atomic import atomic_file
 from equipoise.files.documents import validated
+from equipoise.reporting.gate_metrics import Gate, check_gate
 
 FORMAT = "equipoise-metrics"
 VERSION = 1
@@ -171,6 +173,7 @@ class Metrics(_Strict):
         perplexity: one entry a domain, and `all`.
         made_with: versions.
         options: every option the run was made with, any JSON value.
+        gate: the plans an accuracy gate tried; None without one.
     """
 
     format: Literal["equipoise-metrics"]
@@ -184,6 +187,7 @@ class Metrics(_Strict):
     perplexity: Annotated[list[DomainPerplexity], Field(min_length=1)]
     made_with: MadeWith
     options: dict[str, Any]
+    gate: Gate | None = None
 
     @property
     def pooled(self) -> DomainPerplexity:
@@ -239,6 +243,8 @@ def check_metrics(metrics: Metrics) -> Metrics:
         raise InputError("perplexity needs exactly one entry of domain 'all' and no domain twice")
     _same(summary.ppl_before, metrics.pooled.before, "summary.ppl_before")
     _same(summary.ppl_after, metrics.pooled.after, "summary.ppl_after")
+    if metrics.gate is not None:
+        check_gate(metrics.gate, summary.replicas, summary.quantized)
     return metrics
 
 
@@ -275,6 +281,8 @@ def save_metrics(metrics: Metrics, path: Path) -> None:
     check_metrics(metrics)
     lines = []
     for key, value in metrics.model_dump(mode="json").items():
+        if key == "gate" and value is None:
+            continue  # a run without a gate is written as before there were any
         if key in ("layers", "heldout_counts", "heldout_slots", "perplexity"):
             rows = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in value)
             lines.append(f' "{key}": [\n{rows}\n ]')

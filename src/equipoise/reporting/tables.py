@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from equipoise.reporting.figures import MIB, Figures
+from equipoise.reporting.gate_metrics import Gate
 from equipoise.reporting.metrics_file import Metrics
 from equipoise.reporting.run_directory import Run
 from equipoise.types import PRECISIONS, FloatArray, IntArray, LayerPlan
@@ -205,6 +206,31 @@ def perplexity_table(metrics: Metrics) -> Table:
     columns = ["domain", "perplexity before", "perplexity after", "change (%)", "95 % from (%)", "95 % to (%)"]
     columns += ["scored tokens", "windows"]
     return Table("t-ppl", "Perplexity by domain", columns, rows[:-1], frozenset({0}), (rows[-1],))
+
+
+def gate_table(gate: Gate) -> Table:
+    """Every plan of a gate's front: predicted, measured, accepted or refused and why."""
+    bounds = {"accuracy": gate.bounds.max_accuracy_drop, "perplexity": gate.bounds.max_perplexity_rise}
+    shown = [name for name, bound in bounds.items() if bound is not None]
+    columns = ["plan", "gate", "LIS (predicted)", "quality loss (predicted, %)", "replicas", "experts quantized"]
+    for name in shown:
+        word, unit, items = ("drop", "points", "documents") if name == "accuracy" else ("rise", "%", "windows")
+        columns += [f"{name} {word} ({unit})", f"95 % from ({unit})", f"95 % to ({unit})", f"allowed ({unit})"]
+        columns += [items, f"{items} that would resolve it"]
+    rows = []
+    for number_, entry in enumerate(gate.front, 1):
+        cells = ["unchanged" if entry.unchanged else str(number_), entry.state, number(entry.lis)]
+        cells += [number(100 * entry.quality_loss), str(entry.replicas), str(entry.quantized)]
+        found = {one.measure: one for one in entry.measured}
+        for name in shown:
+            one = found.get(name)  # type: ignore[call-overload]
+            if one is None:
+                cells += [""] * 6
+                continue
+            cells += [number(one.loss), number(one.ci95[0]), number(one.ci95[1]), number(one.bound)]
+            cells += [str(one.n), "" if one.needed is None else str(one.needed)]
+        rows.append([*cells, entry.reason])
+    return Table("t-gate", "Plans of the front", [*columns, "why"], rows, frozenset({0, 1, len(columns)}))
 
 
 def made_table(run: Run) -> Table:
