@@ -21,6 +21,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (ProfileOptions, {"fraction": 0.0}, "fraction must be in (0, 1]"),
     (ProfileOptions, {"fraction": 1.01}, "fraction must be in (0, 1]"),
     (ProfileOptions, {"fraction": math.nan}, "fraction must be in (0, 1]"),
+    (ProfileOptions, {"low_precision": "int4"}, "low precision: 'int4' is not one of int8, int8_weight_only, float16"),
     (PlanOptions, {"preset": "best"}, "preset: 'best' is not one of joint, paper"),
     (PlanOptions, {"strategy": "none"}, "strategy: 'none' is not one of rq, quantize-only"),
     (PlanOptions, {"importance": "loss"}, "importance: 'loss' is not one of error, wanda, frequency, random"),

@@ -34,7 +34,6 @@ import equipoise as eq
 from equipoise.evaluation.data import Batch
 from equipoise.models import load_model
 from equipoise.options import ProfileOptions
-from equipoise.profiling import importance
 from equipoise.rerouting import Thresholds, calibrate, installed
 from equipoise.runtime.kernels.packed import can_pack
 from equipoise.types import Budget, IntArray, Plan, Profile
@@ -164,11 +163,11 @@ class Subject:
         """Load and importance on the calibration windows."""
         path = self.store.path("profile", self.inputs(), [prompts], "npz")
         if not path.exists() or self.store.fresh:
-            with int8_importance():
-                made = eq.profile(
-                    self.model("original").model, self.windows(), ProfileOptions(importance_tokens=8192),
-                    model_name=self.moe.name, data="the first tenth of each task's prompts",
-                )  # fmt: skip
+            made = eq.profile(
+                self.model("original").model, self.windows(),
+                ProfileOptions(importance_tokens=8192, low_precision="int8"),
+                model_name=self.moe.name, data="the first tenth of each task's prompts",
+            )  # fmt: skip
             eq.save_profile(as_stored(made) if self.dtype == "float32" else made, path)
         return eq.load_profile(path)
 
@@ -219,23 +218,8 @@ class Subject:
 def as_stored(profile: Profile) -> Profile:
     """A profile that was measured in float32 as that of the bfloat16 checkpoint: its bytes, its precisions."""
     sizes = {"original": profile.expert_bytes["original"] // 2, "int8": profile.expert_bytes["int8"]}
-    meta = {**profile.meta, "dtype": "bfloat16", "low_precision": "int8"}
+    meta = {**profile.meta, "dtype": "bfloat16"}
     return dataclasses.replace(profile, expert_bytes=sizes, meta=meta)
-
-
-@contextlib.contextmanager
-def int8_importance() -> Iterator[None]:
-    """Measure `error` for int8, also in a model that is held in float32.
-
-    The lower precision of a float32 model is float16, in which bfloat16 weights are all but exact: its errors would
-    say nothing of the int8 that the checkpoint's plans lower experts to.
-    """
-    kept = importance.low_precision
-    importance.low_precision = lambda dtype: "int8"
-    try:
-        yield
-    finally:
-        importance.low_precision = kept
 
 
 def as_computed(plan: Plan, profile: Profile) -> Plan:

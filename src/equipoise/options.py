@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from equipoise.checks import at_least, one_of
 from equipoise.errors import InputError
 
+LowPrecision = Literal["int8", "int8_weight_only", "float16"]
 Preset = Literal["joint", "paper"]
 ImportanceName = Literal["error", "wanda", "frequency", "random"]
 Strategy = Literal["rq", "quantize-only", "random", "quantize-heavy", "quantize-all"]
@@ -25,6 +26,8 @@ class ProfileOptions:
         fraction: share of the data's windows to use, spread evenly (the paper uses 0.1).
         windows: at most this many load windows are kept in `series`.
         importance_tokens: tokens on which `wanda` and `error` are measured, spread over the batches (0 = none).
+        low_precision: precision that `error` is measured for; plan with the same. None: int8 for 16-bit models,
+            float16 for float32 models.
     """
 
     seq_len: int = 256
@@ -33,6 +36,7 @@ class ProfileOptions:
     fraction: float = 1.0
     windows: int = 64
     importance_tokens: int = 2048
+    low_precision: LowPrecision | None = None
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "windows"):
@@ -41,6 +45,8 @@ class ProfileOptions:
             at_least(name, getattr(self, name), 0)
         if not 0 < self.fraction <= 1:
             raise InputError(f"fraction must be in (0, 1], got {self.fraction}")
+        if self.low_precision is not None:
+            one_of("low precision", self.low_precision, get_args(LowPrecision))
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,8 @@ class PlanOptions:
             measured, else `frequency` (traces).
         wanda_low_is_important: the paper's reading of Algorithm 2 ("lower means higher importance").
         strategy: the paper's ablation (Table 3); `rq` is the method itself.
-        low_precision: precision of replicas and quantized experts. None: int8 for 16-bit models, float16 for
-            float32 models.
+        low_precision: precision of replicas and quantized experts. None: what the profile measured `error` for; else
+            int8 for 16-bit models, float16 for float32 models.
         replicas: exactly this many spare slots in each layer, instead of as many as the budget buys.
         ranks: devices the slots are placed on.
         nodes: nodes the ranks are on.
@@ -80,7 +86,7 @@ class PlanOptions:
     importance: ImportanceName | None = None
     wanda_low_is_important: bool = True
     strategy: Strategy = "rq"
-    low_precision: Literal["int8", "int8_weight_only", "float16"] | None = None
+    low_precision: LowPrecision | None = None
     replicas: int | None = None
     ranks: int = 1
     nodes: int = 1
@@ -101,7 +107,7 @@ class PlanOptions:
         if self.importance is not None:
             one_of("importance", self.importance, get_args(ImportanceName))
         if self.low_precision is not None:
-            one_of("low precision", self.low_precision, ("int8", "int8_weight_only", "float16"))
+            one_of("low precision", self.low_precision, get_args(LowPrecision))
         if self.budget is not None and not 0 < self.budget < 1000:
             raise InputError(
                 f"budget is a multiple of the original expert bytes and must be above 0, got {self.budget}"

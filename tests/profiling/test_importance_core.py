@@ -11,6 +11,8 @@ import torch
 from core_models import batch
 from equipoise.formats import get_format
 from equipoise.models import find_layers
+from equipoise.options import ProfileOptions
+from equipoise.planning import plan
 from equipoise.profiling import profile
 from tiny import EXPERTS, FAMILIES
 
@@ -165,3 +167,16 @@ def test_importance_of_a_part_of_the_batches():
     assert found.meta["tokens"] == 10 * 15
     assert found.counts.sum(1).tolist() == [2 * 150] * 3
     assert not profile(model, batches, ProfileOptions(importance_tokens=0)).importance
+
+
+def test_error_can_be_measured_for_another_precision():
+    """bfloat16 weights are exact in float16, so of a float32 copy the usual error says nothing of int8."""
+    model = FAMILIES["mixtral"](dtype=torch.bfloat16).float()
+    batches = [inputs_of(model, 0)]
+    usual, asked = profile(model, batches), profile(model, batches, ProfileOptions(low_precision="int8"))
+    assert asked.meta["low_precision"] == "int8"
+    assert float(usual.importance["error"].max()) < 1e-6
+    reached = asked.counts > 0
+    assert (asked.importance["error"][reached] > 1e-7).all()
+    made = plan(asked, replicas=1)
+    assert {slot.precision for layer in made.layers for slot in layer.slots} == {"original", "int8"}

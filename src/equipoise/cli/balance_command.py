@@ -28,7 +28,7 @@ from equipoise.reporting.gate_metrics import FrontEntry, Gate
 @click.option("--force", is_flag=True, help="Replace an existing run directory.")
 @options_of(BalanceOptions)
 @options_of(PlanOptions, leave_out=("expert_bytes", "slots", "nodes", "group_limited"))
-@options_of(ProfileOptions)
+@options_of(ProfileOptions, leave_out=("low_precision",))
 @click.option("--gate-tasks", metavar="NAME[,NAME...]", help="Tasks of the accuracy gate, as `eval --tasks` runs them.")
 @click.option(
     "--task-data",

@@ -105,6 +105,8 @@ def balance(
     began = time.monotonic()
     options, profile_options = options or BalanceOptions(), profile_options or ProfileOptions()
     plan_options, gate_options = plan_options or PlanOptions(), gate_options or GateOptions()
+    if plan_options.low_precision is not None:  # what is planned for is what is measured
+        profile_options = dataclasses.replace(profile_options, low_precision=plan_options.low_precision)
     out = Path(out)
     require_destination(out, force)
     source = find_source(model if model is not None else DEMO)

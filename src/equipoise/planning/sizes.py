@@ -9,11 +9,12 @@ because budgets are relative, and only its byte figures are units.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
 from equipoise.errors import InputError
-from equipoise.options import PlanOptions
+from equipoise.options import LowPrecision, PlanOptions
 from equipoise.types import IntArray, Precision, Profile
 
 _BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int8_weight_only": 1}
@@ -51,7 +52,11 @@ def slot_sizes(profile: Profile, options: PlanOptions) -> Sizes:
         InputError: the profile does not know the lower precision, or both it and the options give sizes.
     """
     dtype = str(profile.meta.get("dtype") or "").removeprefix("torch.")
-    low: Precision = options.low_precision or ("float16" if dtype == "float32" else "int8")
+    low: Precision = "float16" if dtype == "float32" else "int8"
+    # What the importance was measured for, unless the options say otherwise.
+    for name in get_args(LowPrecision):
+        if name == (options.low_precision or profile.meta.get("low_precision")):
+            low = name
     if profile.expert_bytes:
         if options.expert_bytes is not None:
             raise InputError("expert-bytes is for traces that carry no sizes; this profile has them: leave it out")

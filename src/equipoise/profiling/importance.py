@@ -33,10 +33,16 @@ def low_precision(dtype: torch.dtype) -> str:
 
 
 class ImportanceMeter:
-    """Accumulates `wanda` and `error` over the batches it observes (see `equipoise.profiling.watch`)."""
+    """Accumulates `wanda` and `error` over the batches it observes (see `equipoise.profiling.watch`).
 
-    def __init__(self, layers: list[MoELayer]) -> None:
+    Args:
+        layers: of the model.
+        precision: that `error` is measured for.
+    """
+
+    def __init__(self, layers: list[MoELayer], precision: str) -> None:
         self.layers = layers
+        self.precision = precision
         shape = (len(layers), layers[0].num_experts)
         self._error = np.zeros(shape)
         self._energy = np.zeros(len(layers))
@@ -50,7 +56,7 @@ class ImportanceMeter:
         index = routing.index if real is None else routing.index.masked_fill(~real[:, None], layer.num_experts)
         hidden = routing.hidden
         total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        form = get_format(low_precision(layout.dtype))
+        form = get_format(self.precision)
         for e in range(layer.num_experts):
             tokens, place = torch.where(index == e)
             if not len(tokens):

@@ -61,7 +61,9 @@ def profile(
         for key in ("input_ids", "attention_mask"):
             if key not in batch:
                 raise InputError(f"batch {number} has no {key!r}: give input_ids and attention_mask [B, Q]")
-    meter = ImportanceMeter(layers)
+    dtype = layers[0].layout.dtype
+    low = options.low_precision or low_precision(dtype)
+    meter = ImportanceMeter(layers, low)
     sampled = _spread(items, options.importance_tokens)
     observing = False
 
@@ -82,8 +84,6 @@ def profile(
         top_k = load.top_k
     if not before.any():
         raise InputError("no token of the calibration data reached a routed expert; is it all padding?")
-    dtype = layers[0].layout.dtype
-    low = low_precision(dtype)
     return Profile(
         counts=before,
         layer_ids=np.array([layer.layer_id for layer in layers]),
