@@ -62,7 +62,7 @@ def baseline(total: FloatArray, windows: FloatArray, slots: int, ranks: int, *, 
     return Layout(table, replicas, imbalance, shares)
 
 
-def left_out(windows: FloatArray, slots: IntArray, ranks: int, seed: int = 0, *, merged: bool = True) -> FloatArray:
+def left_out(windows: FloatArray, slots: IntArray, ranks: int, seed: int = 0) -> tuple[FloatArray, FloatArray]:
     """Log ratio of our rank imbalance to EPLB's on blocks of windows that neither has seen.
 
     Plans are made without disturbed restarts, so ours is judged by slightly less than it can do.
@@ -72,16 +72,16 @@ def left_out(windows: FloatArray, slots: IntArray, ranks: int, seed: int = 0, *,
         slots: int64 [L] slots of each layer on all ranks together, divisible by them.
         ranks: G.
         seed: as in `placement.place_layer`.
-        merged: as in `baseline`.
 
     Returns:
-        [K, L]; K is 0 when the windows are too few or too small to be left out. 0 for a layer without load.
+        Two arrays [K, L]: against EPLB's plan with its double slots merged, and with them parted (see `baseline`). K is
+        0 when the windows are too few or too small to be left out. 0 for a layer without load.
     """
     steps, layers, experts = windows.shape
     blocks = min(BLOCKS, steps, int(windows.sum((0, 2)).mean() / (LEAST * experts)))
     if blocks < 2:
-        return np.zeros((0, layers))
-    out = np.zeros((blocks, layers))
+        return np.zeros((0, layers)), np.zeros((0, layers))
+    out = np.zeros((blocks, layers)), np.zeros((blocks, layers))
     edges = np.arange(blocks + 1) * steps // blocks
     for k in range(blocks):
         seen = np.r_[: edges[k], edges[k + 1] : steps]
@@ -89,11 +89,11 @@ def left_out(windows: FloatArray, slots: IntArray, ranks: int, seed: int = 0, *,
             past, future = np.ascontiguousarray(windows[seen, i]), windows[edges[k] : edges[k + 1], i]
             if not past.any() or not future.any():
                 continue
-            theirs, replicas = (published if merged else parted)(past.sum(0), int(slots[i]), ranks)
             ours = place_layer(placement_load(shrink(past)), int(slots[i]), ranks, most_kicks=0, seed=seed)
-            out[k, i] = math.log(
-                window_imbalance(ours.table, ours.replicas, future) / window_imbalance(theirs, replicas, future)
-            )
+            level = window_imbalance(ours.table, ours.replicas, future)
+            for gain, theirs in zip(out, (published, parted), strict=True):
+                table, replicas = theirs(past.sum(0), int(slots[i]), ranks)
+                gain[k, i] = math.log(level / window_imbalance(table, replicas, future))
     return out
 
 
@@ -141,5 +141,6 @@ def layers_won(
     asked = np.flatnonzero(~won)
     if guard == 0 or math.isinf(guard) or not len(asked):
         return won | (guard == 0)
-    won[asked] = convinced(left_out(windows[:, asked], slots[asked], ranks, seed, merged=merged), guard)
+    gain = left_out(windows[:, asked], slots[asked], ranks, seed)
+    won[asked] = convinced(gain[0] if merged else gain[1], guard)
     return won
