@@ -45,7 +45,8 @@ def layer_slots(draw: st.DrawFn, experts: int, ranks: int = 1, most: int = 4) ->
     slots = []
     for expert in range(experts):
         count = draw(st.integers(1, most))
-        parts = [1] * count if draw(st.booleans()) else [draw(st.integers(1, 20)) for _ in range(count)]
+        parts = [1] * count if draw(st.booleans()) else [draw(st.integers(0, 20)) for _ in range(count)]
+        parts[draw(st.integers(0, count - 1))] += not any(parts)  # others may stand by
         for part in parts:
             precision: Any = draw(st.sampled_from(["original", "int8", "float16"]))
             slots.append(Slot(expert, precision, draw(st.integers(0, ranks - 1)), part / sum(parts)))

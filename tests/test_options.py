@@ -41,7 +41,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (PlanOptions, {"slots": -1}, "slots must not be negative"),
     (PlanOptions, {"groups": -1}, "groups must not be negative"),
     (PlanOptions, {"groups": 2}, "groups is for group-limited placement"),
-    (PlanOptions, {"shares": "odd"}, "shares: 'odd' is not one of even, lp"),
+    (PlanOptions, {"shares": "odd"}, "shares: 'odd' is not one of merged, even, lp"),
     (PlanOptions, {"quality_weight": -1.0}, "quality-weight must be in"),
     (PlanOptions, {"quality_weight": math.nan}, "quality-weight must be in"),
     (PlanOptions, {"slot_weight": math.inf}, "slot-weight must be in"),

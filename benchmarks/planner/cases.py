@@ -10,9 +10,10 @@ import numpy as np
 
 from equipoise.errors import InputError
 from equipoise.files import load_profile
+from equipoise.metrics import max_over_mean, rank_load, slot_load
 from equipoise.planning import take_part
 from equipoise.planning.placement import rank_bound
-from equipoise.types import Profile
+from equipoise.types import LayerPlan, Profile
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,29 @@ def traces(folder: Path) -> Iterator[Case]:
             yield Case(name, profile, None, "total only, in sample")
 
 
-def imbalance(table: np.ndarray, windows: np.ndarray) -> float:
-    """Mean over windows of max over mean of the ranks, shares even.
+def imbalance(table: np.ndarray, windows: np.ndarray, shares: np.ndarray | None = None) -> float:
+    """Mean over windows of max over mean of the ranks.
 
     Args:
         table: [G, C] expert in each place; E stands for an empty one.
         windows: [W, E] tokens.
+        shares: [G, C] part of its expert's tokens that each place takes; None: even.
     """
     n = np.atleast_2d(np.asarray(windows, dtype=np.float64))
     n = n[n.sum(1) > 0]
     if not len(n):
         return 1.0
-    count = np.maximum(np.bincount(table.ravel(), minlength=n.shape[1] + 1)[: n.shape[1]], 1)
-    each = np.concatenate([n / count, np.zeros((len(n), 1))], 1)
-    ranks = each[:, table].sum(2)
+    if shares is None:
+        shares = 1.0 / np.bincount(table.ravel(), minlength=n.shape[1] + 1)[table]
+    ranks = (np.append(n, np.zeros((len(n), 1)), 1)[:, table] * shares).sum(2)
     return float((ranks.max(1) / ranks.mean(1)).mean())
+
+
+def planned_imbalance(layer: LayerPlan, ranks: int, windows: np.ndarray) -> float:
+    """The same of a layer of a plan, by the product's own measures."""
+    n = np.atleast_2d(np.asarray(windows, dtype=np.float64))
+    n = n[n.sum(1) > 0]
+    return float(max_over_mean(rank_load(slot_load(n, layer), layer, ranks)).mean()) if len(n) else 1.0
 
 
 def bound(counts: np.ndarray, slots: int, ranks: int) -> float:

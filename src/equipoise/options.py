@@ -12,6 +12,7 @@ from equipoise.errors import InputError
 LowPrecision = Literal["int8", "int8_weight_only", "float16"]
 Preset = Literal["joint", "paper"]
 ImportanceName = Literal["error", "wanda", "frequency", "random"]
+Shares = Literal["merged", "even", "lp"]
 Strategy = Literal["rq", "quantize-only", "random", "quantize-heavy", "quantize-all"]
 
 
@@ -70,7 +71,10 @@ class PlanOptions:
         slots: slots a layer on all ranks together (0 = whatever the plan gives, rounded up to the ranks).
         group_limited: node-limited routing: experts of a group stay on one node.
         groups: expert groups of the router, with group-limited (0 = one group a node).
-        shares: how replicas share an expert's tokens: `even`, or `lp`, the split that makes the busiest rank least.
+        shares: how slots share an expert's tokens: `even`; `merged`, even but that where EPLB's plan is kept and has an
+            expert on a rank twice, one slot takes both shares and another expert's stands by in the second's place
+            (every rank carries what EPLB gives it); or `lp`, the split that makes the busiest rank least. Engines that
+            only split evenly need `even`.
         expert_bytes: original bytes of one expert, for traces that carry no sizes; the lower precision counts as half.
         quality_weight: how much predicted quality loss weighs against imbalance in `joint`.
         slot_weight: how much LIS a doubling of a layer's slots must be worth in `joint` (0: fill the budget).
@@ -93,7 +97,7 @@ class PlanOptions:
     slots: int = 0
     group_limited: bool = False
     groups: int = 0
-    shares: Literal["even", "lp"] = "even"
+    shares: Shares = "merged"
     expert_bytes: int | None = None
     quality_weight: float = 1.0
     slot_weight: float = 0.7
@@ -120,7 +124,7 @@ class PlanOptions:
             at_least("expert-bytes", self.expert_bytes, 1)
         if self.ranks < 1 or self.nodes < 1 or self.ranks % self.nodes:
             raise InputError(f"ranks ({self.ranks}) must be at least 1 and divisible by nodes ({self.nodes})")
-        one_of("shares", self.shares, ("even", "lp"))
+        one_of("shares", self.shares, get_args(Shares))
         for name in ("slots", "groups"):
             at_least(name, getattr(self, name), 0)
         if self.groups and not self.group_limited:

@@ -7,7 +7,7 @@ Both are frozen and hold numpy arrays or plain values only; reading and writing 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -71,7 +71,8 @@ class Slot:
         expert: routed (logical) expert it holds a copy of.
         precision: `original`, `int8` (W8A8), `int8_weight_only` (W8A16) or `float16`.
         rank: device under expert parallelism; 0 when there is one device.
-        share: fraction of the expert's tokens this slot takes; shares of an expert sum to 1.
+        share: fraction of the expert's tokens this slot takes; shares of an expert sum to 1. A slot with share 0
+            stands by: it holds its expert and takes no tokens.
     """
 
     expert: int
@@ -104,6 +105,11 @@ class LayerPlan:
     def replicas(self) -> IntArray:
         """int64 [E]. Slots of each expert (1 = no spare copy)."""
         return np.bincount([s.expert for s in self.slots], minlength=self.num_experts).astype(np.int64)
+
+    def evenly(self) -> LayerPlan:
+        """The layer with the same slots, each expert's tokens split evenly between them."""
+        even = 1.0 / self.replicas()
+        return replace(self, slots=tuple(replace(s, share=float(even[s.expert])) for s in self.slots))
 
     def quantized(self) -> npt.NDArray[np.bool_]:
         """Bool [E]. Experts of which no slot is left at the original precision."""

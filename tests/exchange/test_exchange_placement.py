@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.errors import InputError
+from equipoise.exchange import ExportOptions, export_plan
 from equipoise.exchange.placement import Placement, check_placement, from_plan
+from equipoise.planning import plan as make_plan
 from equipoise.types import LayerPlan, Plan, Profile, Slot
 
 ENGINES = ["sglang", "trtllm", "vllm-ascend"]
@@ -54,6 +57,35 @@ def test_unequal_shares_are_refused_unless_only_the_placement_is_wanted() -> Non
     with pytest.raises(InputError, match="layer 0 has 2 slots with unequal shares"):
         from_plan(plan, "trtllm", None, False, None)
     assert from_plan(plan, "trtllm", None, True, None).lost_shares == 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_plan_with_merged_slots_is_refused_and_one_with_even_shares_is_taken(engine: str) -> None:
+    counts = np.array([[4000, 90, 80, 70, 60, 50, 40, 30], [4000, 10, 10, 10, 10, 10, 10, 900]])
+    head = Profile(counts, np.arange(2), {})
+    made = make_plan(head, ranks=4, slots=16, max_quantized=0.0, budget=2.0)
+    made = dataclasses.replace(made, layers=tuple(at_original(layer) for layer in made.layers))
+    assert any(s.share == 0 for layer in made.layers for s in layer.slots)
+    with pytest.raises(InputError, match=rf"unequal shares: {engine} splits .* plan with --shares even"):
+        from_plan(made, engine, None, False, None)
+    even = make_plan(head, ranks=4, slots=16, max_quantized=0.0, budget=2.0, shares="even")
+    even = dataclasses.replace(even, layers=tuple(at_original(layer) for layer in even.layers))
+    assert from_plan(even, engine, None, False, None).lost_shares == 0
+
+
+def test_dropping_shares_is_said_with_what_it_costs(tmp_path: Path) -> None:
+    counts = np.array([[4000, 90, 80, 70, 60, 50, 40, 30]])
+    made = make_plan(Profile(counts, np.arange(1), {}), ranks=4, slots=16)
+    kept, dropped = made.predicted["rank_imbalance"], made.predicted["rank_imbalance_even"]
+    done = export_plan(made, "sglang", tmp_path / "map.json", ExportOptions(placement_only=True))
+    note = next(line for line in done.notes if "unequal shares" in line)
+    assert f"(rank imbalance in sample {dropped:.3f} instead of {kept:.3f})" in note
+    assert "--ranks 4 --shares even" in note
+
+
+def at_original(layer: LayerPlan) -> LayerPlan:
+    """The layer without lower precision."""
+    return dataclasses.replace(layer, slots=tuple(dataclasses.replace(s, precision="original") for s in layer.slots))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -30,12 +30,12 @@ def command(plan: Path, engine: str, out: Path, pad: Path | None, force: bool, *
     """Write a PLAN's placement in the format of a serving engine.
 
     Engines run one replica count in all layers, equal ranks, one precision a layer and an even split between
-    replicas. A plan that asks for more is refused with the reason.
+    replicas. A plan that asks for more is refused with the reason: make it with --shares even.
 
     \b
     A plan they can run, and its file, from the profile of the demo model:
       equipoise balance --out run
-      equipoise plan run/profile.npz --replicas 4 --ranks 4 --out plan.json
+      equipoise plan run/profile.npz --replicas 4 --ranks 4 --shares even --out plan.json
       equipoise export plan.json --to sglang --placement-only --out map.json
     """
     options = take(ExportOptions, values)

@@ -117,6 +117,13 @@ def command(
     }
     if options.ranks > 1:
         result["rank_imbalance"] = made.predicted["rank_imbalance"]
+        standby = sum(slot.share == 0 for layer in made.layers for slot in layer.slots)
+        result["standby_slots"] = standby
+        if standby:
+            console.note(
+                f"{standby} slots stand by (share 0), where EPLB would put an expert on a rank twice; engines that "
+                "split evenly need --shares even"
+            )
     if old is not None:
         result["moved_bytes"] = int(made.predicted["moved_bytes"])
     if front:

@@ -120,11 +120,11 @@ def export_plan(
     with atomic_file(path) as partial:
         partial.write_bytes(data)
     return Exported(
-        engine, path, len(rows), placement, module.start(placement, path), _losses(placement, options, engine)
+        engine, path, len(rows), placement, module.start(placement, path), _losses(placement, options, engine, plan)
     )
 
 
-def _losses(placement: Placement, options: ExportOptions, engine: str) -> tuple[str, ...]:
+def _losses(placement: Placement, options: ExportOptions, engine: str, plan: Plan) -> tuple[str, ...]:
     """What a person should know about the file."""
     notes = []
     if placement.lost_precisions:
@@ -136,6 +136,8 @@ def _losses(placement: Placement, options: ExportOptions, engine: str) -> tuple[
     if placement.lost_shares:
         notes.append(
             f"placement only: {engine} splits evenly, {placement.lost_shares} unequal shares are not in the file"
+            f"{_cost_of_even(plan)}; `equipoise plan PROFILE --ranks {placement.ranks} --shares even` places for an "
+            "even split"
         )
     if placement.added:
         notes.append(f"{placement.added} slots were added beyond the plan to make ranks equal; they take memory")
@@ -144,6 +146,14 @@ def _losses(placement: Placement, options: ExportOptions, engine: str) -> tuple[
             f"rows for layers 0..{max(placement.layer_ids)}; give --num-hidden-layers if the model has more after them"
         )
     return tuple(notes)
+
+
+def _cost_of_even(plan: Plan) -> str:
+    """What the plan expects of its placement when shares are dropped, if it says so."""
+    kept, dropped = (plan.predicted.get(f"rank_imbalance{end}") for end in ("", "_even"))
+    if kept is None or dropped is None:
+        return ""
+    return f" (rank imbalance in sample {dropped:.3f} instead of {kept:.3f})"
 
 
 def read_placement(engine: str, path: Path) -> dict[int, list[int]]:

@@ -141,7 +141,8 @@ def _refuse_losses(plan: Plan, engine: str, lowered: Mapping[int, int], uneven: 
         if uneven[layer.layer]:
             raise InputError(
                 f"layer {layer.layer} has {uneven[layer.layer]} slots with unequal shares: {engine} splits an expert's "
-                f"tokens evenly over its slots; --placement-only exports the placement without the shares"
+                f"tokens evenly over its slots; plan with --shares even for that, or --placement-only exports this "
+                f"placement without the shares"
             )
 
 

@@ -54,7 +54,7 @@ class _Layer(_Strict):
     num_experts: Annotated[int, Field(ge=1)]
     # JSON arrays arrive as lists, which strict mode would refuse for a tuple.
     slots: list[Annotated[tuple[_Count, Precision, _Count], Field(strict=False)]]
-    shares: list[Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=False)]]
+    shares: list[Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=False)]]
 
 
 class _Plan(_Strict):
@@ -150,8 +150,8 @@ def check_plan(plan: Plan) -> Plan:
                 raise InputError(f"{where}: rank {slot.rank} is out of range 0..{plan.ranks - 1}")
             if slot.precision not in PRECISIONS:
                 raise InputError(f"{where}: precision {slot.precision!r} is not one of {', '.join(PRECISIONS)}")
-            if not 0 < slot.share <= 1:
-                raise InputError(f"{where}: a share of expert {slot.expert} is {slot.share:g}, not in (0, 1]")
+            if not 0 <= slot.share <= 1:
+                raise InputError(f"{where}: a share of expert {slot.expert} is {slot.share:g}, not in [0, 1]")
             shares[slot.expert] = shares.get(slot.expert, 0.0) + slot.share
         if len(shares) < layer.num_experts:
             missing = next(expert for expert in range(layer.num_experts) if expert not in shares)

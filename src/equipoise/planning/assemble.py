@@ -114,7 +114,8 @@ def finish(
         low_slots: int64 [L, E] slots of each expert at the lower precision.
         limit_bytes: bytes allowed.
         preset: how it was made.
-        predicted: what is expected besides `lis`, `lis_before` and the rank imbalances.
+        predicted: what is expected besides `lis`, `lis_before` and the rank imbalances (`rank_imbalance`; and, where
+            shares are not even, `rank_imbalance_even`, what it would be if they were).
         load: of each layer [W, E], the windows it is planned on.
         previous: a plan in place, whose slots should stay.
         lower: chooses the low slots of a layer anew when placement changed its replica counts; None: it may not.
@@ -140,11 +141,19 @@ def finish(
     loads = [slot_load(n, layer) for n, layer in zip(counts, plan.layers, strict=True)]
     known["lis"] = float(np.mean([slot_lis(x, profile.num_experts) for x in loads]))
     if options.ranks > 1:
-        on_ranks = [rank_load(x, layer, options.ranks) for x, layer in zip(loads, plan.layers, strict=True)]
-        known["rank_imbalance"] = float(np.mean(max_over_mean(np.stack(on_ranks))))
+        known["rank_imbalance"] = _rank_imbalance(counts, plan.layers, options.ranks)
+        even = tuple(layer.evenly() for layer in plan.layers)
+        if even != plan.layers:
+            known["rank_imbalance_even"] = _rank_imbalance(counts, even, options.ranks)
     if previous is not None:
         known["moved_bytes"] = float(moved_bytes(plan, previous, sizes.original, sizes.low))
     return replace(plan, predicted=known)
+
+
+def _rank_imbalance(counts: FloatArray, layers: Sequence[LayerPlan], ranks: int) -> float:
+    """Mean over layers of max over mean of the ranks, from tokens [L, E]."""
+    on_ranks = [rank_load(slot_load(n, layer), layer, ranks) for n, layer in zip(counts, layers, strict=True)]
+    return float(np.mean(max_over_mean(np.stack(on_ranks))))
 
 
 def mean_lis(load: FloatArray, replicas: IntArray) -> float:

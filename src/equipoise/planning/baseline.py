@@ -1,16 +1,16 @@
 """EPLB's plan of one layer, slot for slot: what a robust plan is measured against, and what is kept without evidence.
 
+    published  the plan as it is; `merged` then lets no expert stand twice on a rank
+    parted     the plan for an even split: second slots of an expert are swapped off its rank where that is possible;
+               where EPLB gives an expert more slots than there are ranks, replicas and packing are those of `total`
+
 DeepSeek's EPLB in its global mode (github.com/deepseek-ai/EPLB), as its description has it:
 
     replicas   each further slot to the expert with the largest load / slots, the first of equals
     packing    slots heaviest first, equals in the order in which they were made (experts 0..E-1, then replicas),
                each on the least loaded rank that has room, the first of equals
 
-Ties fall as EPLB's do, so where its plan is a legal one here the layout is equal to it place by place. EPLB may put two
-slots of an expert on one rank: such a second slot is swapped off it where that is possible; and where it gives an
-expert more slots than there are ranks, replicas and packing are those of `total` without swaps.
-
-Cost: O(R E + S G) a layer. Compiled.
+Ties fall as EPLB's do: the published layout is equal place by place. Cost: O(R E + S G) a layer. Compiled.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def pack_in_order(weight: FloatArray, ranks: int) -> IntArray:
 
 
 @compiled
-def eplb(load: FloatArray, slots: int, ranks: int) -> tuple[IntArray, IntArray]:
-    """EPLB's layout of one layer, made legal where it is not.
+def published(load: FloatArray, slots: int, ranks: int) -> tuple[IntArray, IntArray]:
+    """EPLB's layout of one layer, which may hold an expert on a rank more than once.
 
     Args:
         load: [E] tokens of each expert.
@@ -73,25 +73,39 @@ def eplb(load: FloatArray, slots: int, ranks: int) -> tuple[IntArray, IntArray]:
     Returns:
         Layout int64 [G, C] and slots of each expert int64 [E].
     """
-    experts = load.shape[0]
-    counts = np.zeros(experts, dtype=np.int64)
     owner = replicate(load, slots)
+    counts = np.zeros(load.shape[0], dtype=np.int64)
     for e in owner:
         counts[e] += 1
-    # More slots than ranks for one expert while others could have them would waste slots.
-    if counts.max() > ranks and slots <= experts * ranks:
-        counts = fill_counts(load, slots, ranks)
-        each = np.zeros(experts + 1)
-        each[:experts] = load / counts
-        table = pack(each, counts, ranks)
-        separate(table, each, experts)
-        return table, counts
-    each = np.zeros(experts + 1)
-    each[:experts] = load / counts
-    at = pack_in_order(each[owner], ranks)
+    at = pack_in_order((load / counts)[owner], ranks)
     table = np.empty_like(at)
     for g in range(ranks):
         for j in range(at.shape[1]):
             table[g, j] = owner[at[g, j]]
+    return table, counts
+
+
+@compiled
+def parted(load: FloatArray, slots: int, ranks: int) -> tuple[IntArray, IntArray]:
+    """EPLB's layout of one layer, changed where an expert stands on a rank twice; see the module.
+
+    Args:
+        load: as in `published`.
+        slots: as in `published`.
+        ranks: G.
+
+    Returns:
+        As `published`.
+    """
+    experts = load.shape[0]
+    table, counts = published(load, slots, ranks)
+    each = np.zeros(experts + 1)
+    # More slots than ranks for one expert while others could have them would waste slots.
+    if counts.max() > ranks and slots <= experts * ranks:
+        counts = fill_counts(load, slots, ranks)
+        each[:experts] = load / counts
+        table = pack(each, counts, ranks)
+    else:
+        each[:experts] = load / counts
     separate(table, each, experts)
     return table, counts

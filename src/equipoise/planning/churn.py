@@ -44,12 +44,15 @@ def old_table(layer: LayerPlan, ranks: int, places: int) -> IntArray | None:
 
 
 def rename(table: IntArray, layer: LayerPlan, nodes: int) -> IntArray:
-    """Permute the ranks of a layout, and whole nodes, so that most slots stand where the old plan has them.
+    """How to permute the ranks of a layout, and whole nodes, so that most slots stand where the old plan has them.
 
     Args:
         table: int64 [G, C].
         layer: of the old plan.
         nodes: ranks move within a node only, and nodes as a whole (1: freely).
+
+    Returns:
+        int64 [G], for each rank the one of the layout whose slots it gets.
     """
     ranks, experts = len(table), layer.num_experts
     before = np.zeros((ranks, experts + 1))
@@ -68,10 +71,10 @@ def rename(table: IntArray, layer: LayerPlan, nodes: int) -> IntArray:
             rows, columns = linear_sum_assignment(blocks[a, :, b, :], maximize=True)
             gain[a, b] = blocks[a, rows, b, columns].sum()
             place[a, b] = columns
-    out = np.empty_like(table)
+    order = np.empty(ranks, dtype=np.int64)
     for a, b in zip(*(x.tolist() for x in linear_sum_assignment(gain, maximize=True)), strict=True):
-        out[b * here + place[a, b]] = table[a * here : (a + 1) * here]
-    return out
+        order[b * here + place[a, b]] = np.arange(a * here, (a + 1) * here)
+    return order
 
 
 def stay(layout: Layout, layer: LayerPlan, load: FloatArray, nodes: int, transfers: bool, grouped: bool) -> Layout:
@@ -86,7 +89,12 @@ def stay(layout: Layout, layer: LayerPlan, load: FloatArray, nodes: int, transfe
         grouped: experts of a group stay on a node, so slots cannot move freely: only ranks are renamed.
     """
     ranks, places = layout.table.shape
-    fresh = Layout(rename(layout.table, layer, nodes), layout.replicas, layout.imbalance)
+    order = rename(layout.table, layer, nodes)
+    shares = None if layout.shares is None else layout.shares[order]
+    fresh = Layout(layout.table[order], layout.replicas, layout.imbalance, shares)
+    if moved_slots(fresh.table, layer) == 0:
+        return fresh
+    # The warm one shares evenly: slots in place that do not are judged as if they did.
     table = None if grouped else old_table(layer, ranks, places)
     if table is None or len(layer.slots) != int(layout.replicas.sum()):
         return fresh

@@ -11,6 +11,9 @@ layers as far as noise explains its distance (James-Stein; the noise v is what b
 
     s = between / (between + v),   post[l] = m + s (d[l] - m),   error^2 = s v + (1 - s)^2 var(d[l]) / L
 
+EPLB's plan is the one that would be kept: as published where its double slots are merged (`merged`, the same load on
+every rank), or with those parted where replicas must share evenly (`baseline.parted`).
+
 Layer l gets the plan from windows where  post[l] + q error < 0  and EPLB's elsewhere: also when there is too little to
 judge by (one window, one layer, blocks of less than `LEAST` selections an expert). Where slots do not divide by the
 ranks EPLB has no plan, and the one from windows is taken. q is as unlikely for Student's t
@@ -28,7 +31,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr, stdtrit
 
-from equipoise.planning.baseline import eplb
+from equipoise.planning.baseline import parted, published
+from equipoise.planning.merged import merge
 from equipoise.planning.placement import Layout, place_layer, window_imbalance
 from equipoise.planning.robust import placement_load, shrink
 from equipoise.types import FloatArray, IntArray
@@ -39,7 +43,7 @@ LEAST = 2.0
 """Selections an expert that a left-out block must have on average: with fewer, scores show chance only."""
 
 
-def baseline(total: FloatArray, windows: FloatArray, slots: int, ranks: int) -> Layout:
+def baseline(total: FloatArray, windows: FloatArray, slots: int, ranks: int, *, merged: bool = True) -> Layout:
     """EPLB's plan of one layer, with the imbalance that it has in the windows.
 
     Args:
@@ -47,12 +51,18 @@ def baseline(total: FloatArray, windows: FloatArray, slots: int, ranks: int) -> 
         windows: [W, E] tokens or fractions.
         slots: E + R on all ranks together, divisible by them.
         ranks: G.
+        merged: double slots are merged, with shares; else parted, with even shares.
     """
-    table, replicas = eplb(np.ascontiguousarray(total, dtype=np.float64), slots, ranks)
-    return Layout(table, replicas, window_imbalance(table, replicas, windows))
+    load = np.ascontiguousarray(total, dtype=np.float64)
+    table, replicas = (published if merged else parted)(load, slots, ranks)
+    imbalance = window_imbalance(table, replicas, windows)
+    if not merged:
+        return Layout(table, replicas, imbalance)
+    table, replicas, shares = merge(table, load)
+    return Layout(table, replicas, imbalance, shares)
 
 
-def left_out(windows: FloatArray, slots: IntArray, ranks: int, seed: int = 0) -> FloatArray:
+def left_out(windows: FloatArray, slots: IntArray, ranks: int, seed: int = 0) -> tuple[FloatArray, FloatArray]:
     """Log ratio of our rank imbalance to EPLB's on blocks of windows that neither has seen.
 
     Plans are made without disturbed restarts, so ours is judged by slightly less than it can do.
@@ -64,13 +74,14 @@ def left_out(windows: FloatArray, slots: IntArray, ranks: int, seed: int = 0) ->
         seed: as in `placement.place_layer`.
 
     Returns:
-        [K, L]; K is 0 when the windows are too few or too small to be left out. 0 for a layer without load.
+        Two arrays [K, L]: against EPLB's plan with its double slots merged, and with them parted (see `baseline`). K is
+        0 when the windows are too few or too small to be left out. 0 for a layer without load.
     """
     steps, layers, experts = windows.shape
     blocks = min(BLOCKS, steps, int(windows.sum((0, 2)).mean() / (LEAST * experts)))
     if blocks < 2:
-        return np.zeros((0, layers))
-    out = np.zeros((blocks, layers))
+        return np.zeros((0, layers)), np.zeros((0, layers))
+    out = np.zeros((blocks, layers)), np.zeros((blocks, layers))
     edges = np.arange(blocks + 1) * steps // blocks
     for k in range(blocks):
         seen = np.r_[: edges[k], edges[k + 1] : steps]
@@ -78,11 +89,11 @@ def left_out(windows: FloatArray, slots: IntArray, ranks: int, seed: int = 0) ->
             past, future = np.ascontiguousarray(windows[seen, i]), windows[edges[k] : edges[k + 1], i]
             if not past.any() or not future.any():
                 continue
-            theirs, replicas = eplb(past.sum(0), int(slots[i]), ranks)
             ours = place_layer(placement_load(shrink(past)), int(slots[i]), ranks, most_kicks=0, seed=seed)
-            out[k, i] = math.log(
-                window_imbalance(ours.table, ours.replicas, future) / window_imbalance(theirs, replicas, future)
-            )
+            level = window_imbalance(ours.table, ours.replicas, future)
+            for gain, theirs in zip(out, (published, parted), strict=True):
+                table, replicas = theirs(past.sum(0), int(slots[i]), ranks)
+                gain[k, i] = math.log(level / window_imbalance(table, replicas, future))
     return out
 
 
@@ -113,7 +124,9 @@ def convinced(gain: FloatArray, guard: float) -> npt.NDArray[np.bool_]:
     return won
 
 
-def layers_won(windows: FloatArray, slots: IntArray, ranks: int, guard: float, seed: int = 0) -> npt.NDArray[np.bool_]:
+def layers_won(
+    windows: FloatArray, slots: IntArray, ranks: int, guard: float, seed: int = 0, *, merged: bool = True
+) -> npt.NDArray[np.bool_]:
     """Layers that are placed by windows, bool [L]; the others get EPLB's plan.
 
     Args:
@@ -122,10 +135,12 @@ def layers_won(windows: FloatArray, slots: IntArray, ranks: int, guard: float, s
         ranks: G.
         guard: standard errors, at least 0.
         seed: as in `placement.place_layer`.
+        merged: as in `baseline`.
     """
     won: npt.NDArray[np.bool_] = slots % ranks != 0
     asked = np.flatnonzero(~won)
     if guard == 0 or math.isinf(guard) or not len(asked):
         return won | (guard == 0)
-    won[asked] = convinced(left_out(windows[:, asked], slots[asked], ranks, seed), guard)
+    gain = left_out(windows[:, asked], slots[asked], ranks, seed)
+    won[asked] = convinced(gain[0] if merged else gain[1], guard)
     return won

@@ -20,6 +20,7 @@ Without a budget to fill, the optimum stops by itself. The solver is `knapsack`;
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -56,17 +57,17 @@ def plan_joint(profile: Profile, options: PlanOptions, previous: Plan | None = N
     if choice is None:
         raise _too_small(problems, sizes, limit, options)
     replicas, low = _slots(problems, choice)
-    predicted = {"quality_loss": quality_loss(cost, replicas, low)}
 
     def lower(i: int, slots: IntArray) -> IntArray:
         return low_slots(slots, int(choice.units[i]), problems[i].cost, problems[i].most_low)
 
     place_by = [placement_load(rows) for rows in load]
     windows = windows_of(profile, options.robust_windows) if options.ranks > 1 else None
-    return finish(
-        profile, options, sizes, replicas, low, limit, "joint", predicted,
+    plan = finish(
+        profile, options, sizes, replicas, low, limit, "joint", {},
         load=place_by, previous=previous, lower=lower, windows=windows,
     )  # fmt: skip
+    return replace(plan, predicted={**plan.predicted, "quality_loss": quality_loss(cost, plan)})
 
 
 def quality_cost(profile: Profile, options: PlanOptions, sizes: Sizes) -> FloatArray:
@@ -79,15 +80,15 @@ def quality_cost(profile: Profile, options: PlanOptions, sizes: Sizes) -> FloatA
     return cost / cost.sum()
 
 
-def quality_loss(cost: FloatArray, replicas: IntArray, low: IntArray) -> float:
+def quality_loss(cost: FloatArray, plan: Plan) -> float:
     """Importance-weighted share of tokens that meet the lower precision: 0 none, 1 all.
 
     Args:
         cost: [L, E] of `quality_cost`.
-        replicas: [L, E] slots of each expert.
-        low: [L, E] how many of them are low.
+        plan: its slots say where the lower precision is and what part of an expert's tokens meets it.
     """
-    return float((cost * low / replicas).sum())
+    rows = zip(cost, plan.layers, strict=True)
+    return float(sum(row[s.expert] * s.share for row, layer in rows for s in layer.slots if s.precision != "original"))
 
 
 def layer_problems(

@@ -193,7 +193,7 @@ def _least_first(load: FloatArray, many: int) -> IntArray:
 
 
 @compiled
-def swap_down(table: IntArray, value: FloatArray, experts: int, target: float, most: int) -> float:
+def swap_down(table: IntArray, value: FloatArray, experts: int, target: float, enough: float, most: int) -> float:
     """Swap slots of the busiest rank with others as long as the larger of the two ranks falls; in place.
 
     Args:
@@ -201,6 +201,8 @@ def swap_down(table: IntArray, value: FloatArray, experts: int, target: float, m
         value: [E + 1] load of one slot of each expert.
         experts: E.
         target: stop when no rank has more than this.
+        enough: with more ranks than `PARTNERS`, those beyond are looked at only while the busiest has more than this.
+            Close to the bound most swaps are found nowhere but there, and each such look costs O(C^2 G).
         most: at most so many swaps.
 
     Returns:
@@ -260,7 +262,7 @@ def swap_down(table: IntArray, value: FloatArray, experts: int, target: float, m
                         best, at_j, at_b, at_k = top, j, b, k
                         room = (best - middle) * (1 + 1e-9)
         if at_j < 0:
-            if many == ranks:
+            if many == ranks or high <= enough:
                 break
             many = ranks  # none among the least loaded: look at all, once
             continue

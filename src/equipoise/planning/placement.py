@@ -44,16 +44,24 @@ class Layout:
     Attributes:
         table: int64 [G, C] expert in each place of each rank; E stands for an empty place.
         replicas: int64 [E] slots of each expert.
-        imbalance: mean over windows of max over mean of the ranks, shares even; 1 without load.
+        imbalance: mean over windows of max over mean of the ranks; 1 without load.
+        shares: float64 [G, C], the part of its expert's tokens that each place takes; None: even.
     """
 
     table: IntArray
     replicas: IntArray
     imbalance: float
+    shares: FloatArray | None = None
 
     def ranks_of(self, expert: int) -> list[int]:
         """Ranks that hold the expert, one entry a slot."""
         return sorted(np.nonzero(self.table == expert)[0].tolist())
+
+    def share(self, expert: int, rank: int) -> float:
+        """What part of the expert's tokens each of its slots on the rank takes."""
+        if self.shares is None:
+            return 1.0 / int(self.replicas[expert])
+        return float(self.shares[rank][self.table[rank] == expert][0])
 
 
 def rank_bound(load: FloatArray, slots: int, ranks: int) -> float:
@@ -150,7 +158,8 @@ def place_layer(
     each = np.append(pooled / replicas, 0.0)
     table = pack(each, replicas, ranks)
     separate(table, each, experts)
-    swap_down(table, each, experts, max(1.0, at_least) * (1 + 0.01 * tolerance), 10 * slots)
+    least = max(1.0, at_least)
+    swap_down(table, each, experts, least * (1 + 0.01 * tolerance), least * (1 + tolerance), 10 * slots)
     bound = max(rank_bound(pooled, slots, ranks), at_least)
     counted = np.append(replicas, 1)
     columns = np.ascontiguousarray(np.vstack([scaled.T, np.zeros(len(scaled))]))

@@ -30,7 +30,7 @@ def place_model(
     Args:
         load: of each layer [W, E] tokens or fractions in each window.
         replicas: int64 [L, E] slots of each expert.
-        options: ranks, nodes, group-limited, groups and guard.
+        options: ranks, nodes, group-limited, groups, guard and shares.
         transfers: whether replica counts may change (their sum a layer stays).
         previous: a plan whose slots should stay where they are as far as possible.
         measured: tokens [L, E] in total and [W, L, E] in windows, for the guard (`guard`); None: it is not asked.
@@ -40,9 +40,10 @@ def place_model(
     """
     layouts = []
     groups = options.groups or options.nodes
+    merged = options.shares == "merged"
     by_windows = np.ones(len(load), dtype=bool)
     if measured is not None and transfers and not options.group_limited:
-        by_windows = layers_won(measured[1], replicas.sum(1), options.ranks, options.guard, options.seed)
+        by_windows = layers_won(measured[1], replicas.sum(1), options.ranks, options.guard, options.seed, merged=merged)
     for i, rows in enumerate(load):
         slots = int(replicas[i].sum())
         if slots < options.ranks:
@@ -52,7 +53,7 @@ def place_model(
                 rows, slots, options.ranks, options.nodes, groups, transfers=transfers, seed=options.seed
             )
         elif measured is not None and not by_windows[i]:
-            layout = baseline(measured[0][i], rows, slots, options.ranks)
+            layout = baseline(measured[0][i], rows, slots, options.ranks, merged=merged)
         else:
             layout = place_layer(rows, slots, options.ranks, start=replicas[i], transfers=transfers, seed=options.seed)
         if previous is not None:
@@ -72,15 +73,16 @@ def ranked_slots(
 ) -> list[tuple[Slot, ...]]:
     """Slots with rank, precision and share, sorted by expert, original precision first.
 
-    Which of an expert's ranks get its low slots is free: the ones that hold it so already (in `previous`) do, then
-    those with the most bytes so far, over all layers, so that ranks end up with about equal memory.
+    Which of an expert's ranks get its low slots is free: those where it takes the least of its tokens do, then the
+    ones that hold it so already (in `previous`), then those with the most bytes so far, over all layers, so that
+    ranks end up with about equal memory.
 
     Args:
         layouts: of each layer.
         low: int64 [L, E] low slots of each expert.
         sizes: bytes of slots.
         load: as in `place_model`, for unequal shares.
-        options: ranks, and whether shares are even.
+        options: ranks, and how slots share an expert's tokens.
         previous: what is in place.
     """
     held = [0] * options.ranks
@@ -89,23 +91,24 @@ def ranked_slots(
         before = set()
         if previous is not None:
             before = {(s.expert, s.rank) for s in previous.layers[i].slots if s.precision != "original"}
-        placed: list[tuple[int, bool, int]] = []
+        placed: list[tuple[int, bool, int, float]] = []
         for e, r in enumerate(layout.replicas.tolist()):
             q = int(low[i, e])
             ranks = layout.ranks_of(e)
-            ranks.sort(key=lambda g: ((e, g) not in before, -held[g], g))
+            share = {g: layout.share(e, g) for g in ranks}
+            ranks.sort(key=lambda g: (share[g], (e, g) not in before, -held[g], g))
             for at, g in enumerate(ranks):
                 lowered = at < q
                 held[g] += int(sizes.low[i, e] if lowered else sizes.original[i, e])
-                placed.append((e, lowered, g))
+                placed.append((e, lowered, g, share[g]))
             if len(ranks) != r:
                 raise AssertionError(f"layer {i}: expert {e} has {len(ranks)} places for {r} slots")
         placed.sort()
-        expert = np.array([row[0] for row in placed], dtype=np.int64)
-        shares = 1.0 / layout.replicas[expert]
+        shares = [row[3] for row in placed]
         if options.shares == "lp" and options.ranks > 1:
+            expert = np.array([row[0] for row in placed], dtype=np.int64)
             rank = np.array([row[2] for row in placed], dtype=np.int64)
-            shares = best_shares(per_window(load[i], options.ranks), expert, rank, options.ranks)
+            shares = best_shares(per_window(load[i], options.ranks), expert, rank, options.ranks).tolist()
         names = ("original", sizes.low_name)
-        out.append(tuple(Slot(e, names[b], g, float(x)) for (e, b, g), x in zip(placed, shares, strict=True)))  # type: ignore[arg-type]
+        out.append(tuple(Slot(e, names[b], g, x) for (e, b, g, _), x in zip(placed, shares, strict=True)))  # type: ignore[arg-type]
     return out

@@ -116,7 +116,7 @@ def one(
     separate(table, each, experts)
     # Swaps are cheap, so they go on for longer than makes a search worth while.
     bound, fine = max(1.0, at_least), 1 + 0.01 * tolerance
-    top = swap_down(table, each, experts, bound * fine, 10 * slots)
+    top = swap_down(table, each, experts, bound * fine, bound * (1 + tolerance), 10 * slots)
     # One or two single slots a rank: the heaviest beside the lightest, as packed, is the optimum.
     if top <= bound * (1 + tolerance) or (slots == experts and slots == ranks * places and places <= 2):
         return table, counts, top
@@ -131,7 +131,7 @@ def one(
     near = bound * (1 + max(tolerance, KICK_TOLERANCE))
     iterate(table, counted, column, SQUARINGS, transfers, kicks, near, seed + 1)
     each[:experts] = load / counted[:experts]
-    top = swap_down(table, each, experts, bound * fine, 10 * slots)
+    top = swap_down(table, each, experts, bound * fine, bound * (1 + tolerance), 10 * slots)
     return table, counted[:experts], top
 
 
