@@ -51,8 +51,9 @@ class Sizes:
         prompts: of a task whose routing is recorded, calibration included.
         lis: of a task for the LIS of each variant, in the model.
         items: of a task for accuracy, for original and joint.
-        others: the same for the other variants.
+        others: the same for R&Q.
         subject_items, subject_others: the same of each of MMLU's 57 subjects.
+        rerouted: of a task for the variants with LASER, which read every answer apart and need two to three times as long.
         windows: of a domain, to plan on and to score on.
         laser_windows: of calibration text, for LASER's thresholds (it is read some twenty times).
     """
@@ -63,6 +64,7 @@ class Sizes:
     others: int = 300
     subject_items: int = 20
     subject_others: int = 6
+    rerouted: int = 100
     windows: int = 24
     laser_windows: int = 32
 
@@ -76,7 +78,9 @@ class Sizes:
         )
 
 
-QUICK = Sizes(prompts=60, lis=10, items=24, others=24, subject_items=1, subject_others=1, windows=3, laser_windows=6)
+QUICK = Sizes(
+    prompts=60, lis=10, items=24, others=24, subject_items=1, subject_others=1, rerouted=8, windows=3, laser_windows=6
+)
 
 
 class Subject:

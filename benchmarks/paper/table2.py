@@ -64,7 +64,7 @@ def measure(subject: Subject) -> dict[str, Any]:
                 lambda variant=variant, task=task: measure_lis(subject, variant, task, sizes.lis),
             )
         for task in prompts.ACCURACY:
-            limit = sizes.items if wide else sizes.others
+            limit = sizes.items if wide else sizes.rerouted if variant.endswith("laser") else sizes.others
             if task == "mmlu":
                 limit = sizes.subject_items if wide else sizes.subject_others
             out["acc"][variant][task] = subject.store.cell(
