@@ -53,7 +53,7 @@ class Sizes:
         items: of a task for accuracy, for original and joint.
         others: the same for R&Q.
         subject_items, subject_others: the same of each of MMLU's 57 subjects.
-        rerouted: of a task for the variants with LASER, which read every answer apart and need two to three times as long.
+        rerouted: of a task for the variants with LASER, which read every answer apart: two to three times the tokens.
         windows: of a domain, to plan on and to score on.
         laser_windows: of calibration text, for LASER's thresholds (it is read some twenty times).
     """
