@@ -12,11 +12,11 @@ from equipoise.reporting.svg import LIGHT, inline, style
 LABELS = {"accuracy": "drop of accuracy (points)", "perplexity": "rise of perplexity (%)"}
 
 _LOOK = {
-    "accepted": ("D", LIGHT["after"], LIGHT["after"]),
+    "accepted": ("D", LIGHT["after"], LIGHT["surface"]),
     "passed": ("o", LIGHT["surface"], LIGHT["after"]),
-    "refused": ("X", LIGHT["before"], LIGHT["before"]),
+    "refused": ("X", LIGHT["before"], LIGHT["surface"]),
 }
-"""State -> (marker, face, edge)."""
+"""State -> (marker, face, edge); an edge in the page's colour lifts a mark off its bar."""
 
 
 def gate_picture(gate: Gate) -> str:
@@ -56,7 +56,8 @@ def _panel(axes: Axes, gate: Gate, name: str, bound: float) -> None:
             axes.plot(entry.lis, 0, "|", color=LIGHT["muted"], markersize=8, transform=axes.get_xaxis_transform())
             continue
         marker, face, edge = _LOOK[entry.state]
-        axes.vlines(entry.lis, *one.ci95, color=edge, linewidth=2)
+        colour = LIGHT["before" if entry.state == "refused" else "after"]
+        axes.vlines(entry.lis, *one.ci95, color=colour, linewidth=2)
         axes.plot(entry.lis, one.loss, marker, **_mark(face, edge))  # type: ignore[arg-type]
         axes.annotate(
             str(number), (entry.lis, one.ci95[1]), (0, 3), textcoords="offset points", ha="center", va="bottom"

@@ -212,14 +212,14 @@ def gate_table(gate: Gate) -> Table:
     """Every plan of a gate's front: predicted, measured, accepted or refused and why."""
     bounds = {"accuracy": gate.bounds.max_accuracy_drop, "perplexity": gate.bounds.max_perplexity_rise}
     shown = [name for name, bound in bounds.items() if bound is not None]
-    columns = ["plan", "gate", "LIS (predicted)", "quality loss (predicted, %)", "replicas", "experts quantized"]
+    columns = ["plan", "gate", "why", "LIS (predicted)", "quality loss (predicted, %)", "replicas", "experts quantized"]
     for name in shown:
         word, unit, items = ("drop", "points", "documents") if name == "accuracy" else ("rise", "%", "windows")
         columns += [f"{name} {word} ({unit})", f"95 % from ({unit})", f"95 % to ({unit})", f"allowed ({unit})"]
         columns += [items, f"{items} that would resolve it"]
     rows = []
     for number_, entry in enumerate(gate.front, 1):
-        cells = ["unchanged" if entry.unchanged else str(number_), entry.state, number(entry.lis)]
+        cells = ["unchanged" if entry.unchanged else str(number_), entry.state, entry.reason, number(entry.lis)]
         cells += [number(100 * entry.quality_loss), str(entry.replicas), str(entry.quantized)]
         found = {one.measure: one for one in entry.measured}
         for name in shown:
@@ -229,8 +229,8 @@ def gate_table(gate: Gate) -> Table:
                 continue
             cells += [number(one.loss), number(one.ci95[0]), number(one.ci95[1]), number(one.bound)]
             cells += [str(one.n), "" if one.needed is None else str(one.needed)]
-        rows.append([*cells, entry.reason])
-    return Table("t-gate", "Plans of the front", [*columns, "why"], rows, frozenset({0, 1, len(columns)}))
+        rows.append(cells)
+    return Table("t-gate", "Plans of the front", columns, rows, frozenset({0, 1, 2}))
 
 
 def made_table(run: Run) -> Table:
