@@ -32,7 +32,7 @@ from equipoise.errors import InputError
 from equipoise.evaluation.perplexity import half_width
 from equipoise.files.atomic import atomic_file
 from equipoise.metrics import slot_lis
-from equipoise.types import FloatArray
+from equipoise.types import FloatArray, IntArray
 
 DATA = Path("../shared/data")
 DRAWS = 2000
@@ -40,21 +40,27 @@ BALANCED = {"R&Q": "Original", f"{finetune.KEPT} + R&Q": finetune.KEPT}
 """Rows made by R&Q, and what it was applied to."""
 
 
-def layer_lis(found: finetune.Measured, experts: int, windows: Any = slice(None)) -> FloatArray:
-    """LIS of each layer over some windows: over slots where there is a plan, else over experts. float64 [L]."""
-    parts = [slots[windows].sum(0) for slots in found.slots]
-    return np.array([float(slot_lis(slots, experts)) for slots in parts])
+def layer_lis(found: finetune.Measured, experts: int, weights: IntArray | None = None) -> FloatArray:
+    """LIS of each layer: over slots where there is a plan, else over experts.
+
+    Args:
+        found: W windows of L layers.
+        experts: E.
+        weights: int64 [draws, W], how often each window counts; None: once.
+
+    Returns:
+        float64 [draws, L], or [L] without weights.
+    """
+    if weights is None:
+        return layer_lis(found, experts, np.ones((1, len(found.load)), dtype=np.int64))[0]
+    return np.stack([slot_lis(weights @ slots, experts) for slots in found.slots], axis=1)
 
 
 def lis_interval(before: finetune.Measured, after: finetune.Measured, experts: int) -> tuple[float, float]:
     """95 % interval of the change of the mean LIS: paired bootstrap over windows, percentiles."""
-    random = np.random.default_rng(0)
     n = len(before.load)
-    changes = []
-    for _ in range(DRAWS):
-        drawn = random.integers(n, size=n)
-        change = layer_lis(after, experts, drawn) - layer_lis(before, experts, drawn)
-        changes.append(change.mean())
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=DRAWS)
+    changes = (layer_lis(after, experts, weights) - layer_lis(before, experts, weights)).mean(1)
     low, high = np.percentile(changes, [2.5, 97.5])
     return float(low), float(high)
 

@@ -127,7 +127,8 @@ def test_a_checkpoint_goes_on_where_it_stopped(tmp_path):
     later_state = later.state[resumed.shared.weight]["step"]
     assert float(later_state) == 5
     for state in optimizer.state.values():
-        state["step"].fill_(5.0)
+        if state:
+            state["step"].fill_(5.0)
     step(whole, optimizer, 2)
     step(resumed, later, 2)
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
@@ -138,8 +139,30 @@ def test_training_has_no_dropout():
     model = small_model(4).train()
     scripts.train.no_dropout(model)
     ids = torch.tensor([[50, 60, 70, 1]])
-    model.encoder.block[1].layer[1].mlp.router.jitter_noise = 0.0
     for module in model.modules():
         if type(module).__name__ == "SwitchTransformersTop1Router":
             module.jitter_noise = 0.0
     assert torch.equal(model(input_ids=ids, labels=ids).logits, model(input_ids=ids, labels=ids).logits)
+
+
+def test_splitting_experts_keeps_the_model_and_parts_its_tokens():
+    half, whole = small_model(4), scripts.model.new_model(small_config(8), 1).eval()
+    weights = {name: p.detach() for name, p in half.named_parameters()}
+    left = whole.load_state_dict(scripts.model.split_experts(weights, 3), strict=False)
+    assert not left.unexpected_keys
+    assert not [name for name in left.missing_keys if "expert" in name or "router" in name]
+    ids = torch.randint(20, 6000, (4, 30))
+    with torch.no_grad():
+        a, b = (model(input_ids=ids, labels=ids, output_router_logits=True) for model in (half, whole))
+    first, second = a.encoder_router_logits[0].argmax(-1), b.encoder_router_logits[0].argmax(-1)
+    assert (second % 4 == first).float().mean() > 0.6, "most tokens stay with one of the two halves of their expert"
+    assert (second >= 4).float().mean() > 0.2
+    assert torch.nn.functional.cosine_similarity(a.logits.flatten(), b.logits.flatten(), 0) > 0.9
+
+
+def test_a_split_needs_half_the_experts(tmp_path):
+    path = small_artifact(tmp_path / "a.safetensors", 4)
+    about = scripts.train.start_from(scripts.model.new_model(small_config(8), 0), path, 0)
+    assert about == {"options": {"experts": 4}}
+    with pytest.raises((InputError, RuntimeError)):
+        scripts.train.start_from(scripts.model.new_model(small_config(16), 0), path, 0)

@@ -143,11 +143,22 @@ def test_rows_state_changes_with_intervals():
     assert again["f1_ci95"] == again["lis_ci95"] == [0.0, 0.0]
 
 
+def test_lis_of_resampled_windows_is_that_of_the_windows_drawn():
+    random = np.random.default_rng(1)
+    load = random.integers(1, 30, (6, 2, 4))
+    found = finetune.Measured(load, [load[:, 0], load[:, 1]], np.zeros(1), [""], {})
+    weights = random.integers(0, 3, (5, 6))
+    for draw, layers in zip(weights, table1.layer_lis(found, 4, weights), strict=True):
+        total = np.repeat(load, draw, axis=0).sum(0)
+        assert layers == pytest.approx(4 * total.max(1) / total.sum(1))
+
+
 def test_the_whole_table_is_made_once(tmp_path, monkeypatch, capsys):
     """Command to JSON on a small untrained model; the second run reads everything back."""
     path = small_artifact(tmp_path / "switch8.safetensors")
     monkeypatch.setattr(scripts.build, "config", small_config)
     monkeypatch.setattr(scripts.artifact, "path_of", lambda experts: path)
+    monkeypatch.setattr(task, "TARGET", 8)
     monkeypatch.setattr(finetune, "QUICK", finetune.Options(epochs=1, pairs=4, questions=3))
     data = small_wikiqa(tmp_path)
     command = ["table1.py", "--data", str(data), "--work", str(tmp_path / "work"), "--quick"]
