@@ -33,6 +33,9 @@ INPUT, TARGET = 24, 56
 """Tokens of an input and of a target; longer ones are cut, the end token stays."""
 ROWS = 8
 """Pairs of a batch."""
+NO_REPEAT = 2
+"""Greedy answers do not repeat a pair of tokens: left alone, models this small write "the first the first ...", and
+F1 measures the length of the loop."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,15 @@ def load_of(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> tuple[Int
 
 
 @torch.no_grad()
-def answer(model: Any, questions: Sequence[Question], tokenizer: Any, rows: int = 32) -> list[str]:
-    """Greedy answers, at most `TARGET` tokens."""
+def answer(model: Any, questions: Sequence[Question], tokenizer: Any, rows: int = 64) -> list[str]:
+    """Greedy answers, at most `TARGET` tokens, without repeating `NO_REPEAT` tokens."""
     model.eval()
     out: list[str] = []
     for n in range(0, len(questions), rows):
         batch = inputs_of([question.text for question in questions[n : n + rows]], tokenizer)
-        made = model.generate(**batch, max_new_tokens=TARGET, do_sample=False, num_beams=1)
+        made = model.generate(
+            **batch, max_new_tokens=TARGET, do_sample=False, num_beams=1, no_repeat_ngram_size=NO_REPEAT
+        )
         out += tokenizer.batch_decode(made, skip_special_tokens=True)
     return [text.strip() for text in out]
 
