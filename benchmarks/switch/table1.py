@@ -1,6 +1,6 @@
 """R&Q's Table 1 on the small Switch Transformers: fine-tuning strategies against no fine-tuning at all and R&Q.
 
-    python benchmarks/switch/table1.py --work DIR [--data ../shared/data] [--quick] --json FILE
+    python benchmarks/switch/table1.py --work DIR [--data ../shared/data] [--quick] [--experts 8] --json FILE
 
 Rows a model: Original, the eight strategies, R&Q on the original and on the fully fine-tuned model. LIS is the mean
 over the four sparse layers on the test pairs (for R&Q the maximum runs over slots); F1 is in points. Changes are
@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,8 @@ def _change(before: finetune.Measured, after: finetune.Measured, experts: int, s
     }
 
 
-def rows(work: Path, quick: bool, data: Path = DATA) -> list[dict[str, Any]]:
-    """The rows of both models (of the smaller one alone when quick), made or read back from `work`.
+def rows(work: Path, quick: bool, data: Path = DATA, models: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """The rows of the models (None: both, the smaller one alone when quick), made or read back from `work`.
 
     Raises:
         InputError: data or artifacts are missing.
@@ -126,7 +126,7 @@ def rows(work: Path, quick: bool, data: Path = DATA) -> list[dict[str, Any]]:
     options = finetune.QUICK if quick else finetune.Options()
     found, tokenizer = finetune.read_task(data, options), text.load_tokenizer()
     out = []
-    for experts in EXPERTS[:1] if quick else EXPERTS:
+    for experts in models or (EXPERTS[:1] if quick else EXPERTS):
         out += rows_of(experts, measured(artifact.path_of(experts), found, tokenizer, options, work))
     return out
 
@@ -183,11 +183,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="results are kept there")
     parser.add_argument("--json", type=Path, required=True, help="file to write: rows, markdown, notes")
     parser.add_argument("--quick", action="store_true", help="8 experts, 24 pairs, 24 questions, two epochs")
+    parser.add_argument(
+        "--experts", type=int, choices=EXPERTS, action="append", help="only this model; may be repeated"
+    )
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     begin = time.monotonic()
-    found = rows(arguments.work, arguments.quick, arguments.data)
+    found = rows(arguments.work, arguments.quick, arguments.data, arguments.experts)
     document = {"rows": found, "markdown": table(found), "notes": notes(found, arguments.data, arguments.quick)}
     with atomic_file(arguments.json) as partial:
         partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
