@@ -1,29 +1,11 @@
-"""The scripts of benchmarks/switch, imported without leaving their plain names (`model`, `train`) behind."""
+"""The scripts of benchmarks/switch, and small models and data for them."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "switch"
+from script_modules import import_scripts
 
-
-def _import_all() -> SimpleNamespace:
-    names = [path.stem for path in FOLDER.glob("*.py")]
-    before = {name: sys.modules.pop(name, None) for name in names}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-
-
-scripts = _import_all()
+scripts = import_scripts("switch")
 
 SMALL = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 24}
 
