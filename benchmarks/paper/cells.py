@@ -36,13 +36,13 @@ class Store:
         fresh: measure anew what is there.
 
     Attributes:
-        kept_only: measure no cell; what is not kept is None.
+        only: names of cells, or what stands before a `/` in them; others are not measured, only read. Empty: all.
     """
 
     def __init__(self, work: Path, fresh: bool = False) -> None:
         self.work = work
         self.fresh = fresh
-        self.kept_only = False
+        self.only: tuple[str, ...] = ()
         self.measured = self.read = 0
         self.failed: dict[str, str] = {}
         self.seconds = 0.0
@@ -73,7 +73,7 @@ class Store:
                 self.read += 1
                 self.seconds += document["seconds"]
                 return document["value"]
-        if self.kept_only:
+        if self.only and not any(name == one or name.startswith(f"{one}/") for one in self.only):
             return None
         console.note(f"measures {name}")
         began = time.perf_counter()

@@ -5,7 +5,8 @@
 
 A run that was stopped goes on where it stood: every cell is kept in --work under the hash of what it depends on.
 `--quick` is the small form (few documents, wide intervals, another output by default). `--only` measures some
-sections; those that are kept already still enter the document. The last stdout line is one JSON object; exit code 1
+sections, or some of table 2's and generation's cells (`--only lis accuracy/joint domains`); what is kept already still
+enters the document, and what is not says so. The last stdout line is one JSON object; exit code 1
 when a cell could not be run.
 """
 
@@ -16,7 +17,7 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -62,14 +63,14 @@ class Part:
         measure: gives its values.
         inputs: what they depend on, beside the model and its calibration.
         code: modules that measure, beside `module`.
-        own_cells: it is made of cells of its own, each kept as it is found.
+        cells: beginnings of the names of its cells, where it is made of cells of its own.
     """
 
     module: Any
     measure: Callable[[], Any]
     inputs: dict[str, Any] = field(default_factory=dict)
     code: tuple[ModuleType, ...] = ()
-    own_cells: bool = False
+    cells: tuple[str, ...] = ()
 
 
 def parts(subject: Subject, trace_files: Path, work: Path) -> dict[str, Part]:
@@ -82,7 +83,7 @@ def parts(subject: Subject, trace_files: Path, work: Path) -> dict[str, Part]:
         return Part(module, lambda: module.measure(subject), size, (prompts, *code))
 
     return {
-        "table2": Part(table2, lambda: table2.measure(subject), own_cells=True),
+        "table2": Part(table2, lambda: table2.measure(subject), cells=("lis", "accuracy")),
         "domains": part(domains),
         "speed": part(speed),
         "batches": part(batches),
@@ -91,10 +92,27 @@ def parts(subject: Subject, trace_files: Path, work: Path) -> dict[str, Part]:
         "ablation": part(ablation, counted),
         "gaps": part(gaps),
         "streams": part(streams),
-        "generation": Part(generation, lambda: generation.measure(subject), own_cells=True),
+        "generation": Part(generation, lambda: generation.measure(subject), cells=("generation",)),
         "traces": Part(traces, lambda: traces.measure(trace_files, subject.quick), files),
         "switch": Part(switch_table, lambda: switch_table.measure(subject.data, work / "switch", subject.quick), size),
     }
+
+
+def selected(names: Sequence[str], known: Mapping[str, Part]) -> tuple[str, ...]:
+    """Cells to measure, from sections and from beginnings of cell names such as `lis/joint`.
+
+    Raises:
+        InputError: a name is neither.
+    """
+    out: list[str] = []
+    for name in names:
+        if name in known:
+            out += known[name].cells or (name,)
+        elif any(name.split("/")[0] in part.cells for part in known.values()):
+            out.append(name)
+        else:
+            raise InputError(f"--only: no section {name!r}; there are {', '.join(known)}")
+    return tuple(out)
 
 
 def main() -> int:
@@ -122,16 +140,14 @@ def main() -> int:
         raise InputError(f"--share is in (0, 1], got {arguments.share}")
     subject = Subject(arguments.moe, arguments.data, store, arguments.quick, arguments.dtype, arguments.share)
     known = parts(subject, arguments.traces, arguments.work)
-    if unknown := set(arguments.only or ()) - set(known):
-        raise InputError(f"--only: no section {sorted(unknown)[0]!r}; there are {', '.join(known)}")
+    store.only = selected(arguments.only or (), known)
     out = arguments.out or (arguments.work / "results.md" if arguments.quick else Path("docs/results.md"))
     folder = out.parent / PICTURES
     folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {}
     chapters: list[Section] = []
     for name, part in known.items():
-        store.kept_only = bool(arguments.only) and name not in arguments.only
-        if part.own_cells:
+        if part.cells:
             values[name] = part.measure()
         else:
             values[name] = store.cell(name, subject.inputs(**part.inputs), part.measure, [part.module, *part.code])

@@ -62,12 +62,13 @@ def test_what_fails_is_said_and_tried_again(tmp_path):
     assert len(asked) == 2
 
 
-def test_kept_only_measures_nothing(tmp_path):
+@pytest.mark.parametrize(("name", "measured"), [("lis/joint/piqa", True), ("lis/laser", False), ("speed", True)])
+def test_only_what_is_asked_for_is_measured(tmp_path, name, measured):
     measure, asked = counting([1])
     store = Store(tmp_path)
-    store.kept_only = True
-    assert store.cell("a", {}, measure) is None
-    assert not asked
+    store.only = ("lis/joint", "speed")
+    assert store.cell(name, {}, measure) == (1 if measured else None)
+    assert len(asked) == measured
     assert not store.failed
 
 
