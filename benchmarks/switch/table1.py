@@ -157,7 +157,8 @@ def notes(found: list[dict[str, Any]], data: Path, quick: bool) -> list[str]:
     work = finetune.read_task(data, options)
     known = task.without_a_model(work.train, work.test)
     said = [
-        f"WikiQA, question to answer sentence: {len(work.pairs)} training pairs (the dev file), {len(work.test)} test "
+        f"WikiQA, question to answer sentence: {len(work.pairs)} training pairs of the dev file's "
+        f"{len(task.pairs(work.train))}, {len(work.test)} test "
         f"questions; AdamW {options.lr:g}, weight decay {options.weight_decay:g}, batch {options.batch}, "
         f"{options.epochs} epochs, balancing loss 0.01, one seed.",
         "Answers are greedy without repeating a pair of tokens, at most 56 tokens; references are whole. F1 without a "
