@@ -12,11 +12,13 @@ from equipoise.files.atomic import atomic_file
 HEAD = """\
 # Results
 
-Every number and picture here was written by one run of
+Every number and picture here was written by
 
 ```
-python benchmarks/paper/run.py --moe reference-moe --data ../shared/data --traces ../shared/traces --work paper-run
+{command}
 ```
+
+which goes on where it was stopped, and may have been stopped.
 
 {about}
 
@@ -27,16 +29,17 @@ Results that go against the paper or against this project stay in.
 """
 
 
-def write(path: Path, sections: Sequence[Section], about: str, failed: Mapping[str, str]) -> None:
+def write(path: Path, sections: Sequence[Section], command: str, about: str, failed: Mapping[str, str]) -> None:
     """Write the document.
 
     Args:
         path: results.md.
         sections: in order.
+        command: that wrote it.
         about: a paragraph on the run: date, machine, versions, size.
         failed: cells that could not be run, and why.
     """
-    parts = [HEAD.format(about=about)]
+    parts = [HEAD.format(command=command, about=about)]
     parts += [f"## {section.title}\n\n{section.text.strip()}\n" for section in sections]
     if failed:
         lines = "\n".join(f"- `{name}`: {why}" for name, why in sorted(failed.items()))

@@ -157,7 +157,7 @@ def main() -> int:
         else:
             chapters.append(part.module.section(values[name], folder, arguments.quick))
     chapters.insert(0, headline.section(values))
-    document.write(out, chapters, _about(arguments, subject, store), store.failed)
+    document.write(out, chapters, _command(arguments), _about(arguments, subject, store), store.failed)
     console.note(f"written: {out}, pictures in {folder}")
     console.last_line(
         {
@@ -172,6 +172,12 @@ def main() -> int:
         }
     )
     return 1 if store.failed else 0
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    where = "--moe reference-moe --data ../shared/data --traces ../shared/traces --work paper-run"
+    line = f"python benchmarks/paper/run.py {where}"
+    return line + (" --quick" if arguments.quick else f" --share {arguments.share:g}" if arguments.share < 1 else "")
 
 
 def _about(arguments: argparse.Namespace, subject: Subject, store: Store) -> str:
