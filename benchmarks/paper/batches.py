@@ -25,6 +25,7 @@ import numpy as np
 import prompts
 import torch
 from drawing import canvas, save
+from prompts import padded
 from sections import Section, picture, table
 from subject import Subject
 
@@ -39,18 +40,6 @@ PADDED = 32
 """Prompts of a task that are run with padding."""
 QUICK = ("mmlu", "piqa", "gsm8k")
 """Tasks of the small form."""
-
-
-def padded(rows: Sequence[Sequence[int]], side: str, pad: int) -> dict[str, torch.Tensor]:
-    """A batch padded to its longest on one side."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if side == "left" else slice(len(row))
-        ids[i, at] = torch.tensor(row)
-        mask[i, at] = 1
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 @torch.no_grad()

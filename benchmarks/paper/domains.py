@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import prompts
 from accuracy import neighbour
+from drawing import save
 from sections import Section, picture, table
 from subject import WINDOW, Subject
 
 import equipoise as eq
-from equipoise.files.atomic import atomic_file
 from equipoise.scoring import score_counts
 from equipoise.types import IntArray, Profile
 
@@ -127,5 +127,4 @@ def draw(values: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("held-out LIS, mean over layers")
     axes.margins(y=0.14)
     axes.legend(ncols=6, frameon=False, fontsize=9)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png")
+    save(figure, path)

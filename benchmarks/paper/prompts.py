@@ -54,17 +54,22 @@ def prompts(task: str, data: Path, tokenizer: Any, limit: int) -> list[list[int]
     return [tokenizer(texts[i])["input_ids"][-LONGEST:] for i in order]
 
 
+def padded(rows: Sequence[Sequence[int]], side: str, pad: int) -> dict[str, torch.Tensor]:
+    """A batch padded to its longest on one side, `left` or `right`."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if side == "left" else slice(len(row))
+        ids[i, at] = torch.tensor(row)
+        mask[i, at] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def batched(rows: Sequence[Sequence[int]], size: int, pad: int = 0) -> Iterator[dict[str, torch.Tensor]]:
     """Batches in the order of `rows`, padded on the right to their longest."""
     for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        width = max(map(len, part))
-        ids = torch.full((len(part), width), pad, dtype=torch.int64)
-        mask = torch.zeros(len(part), width, dtype=torch.int64)
-        for i, row in enumerate(part):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        yield {"input_ids": ids, "attention_mask": mask}
+        yield padded(rows[start : start + size], "right", pad)
 
 
 def routing(model: Any, rows: Sequence[Sequence[int]], size: int = 16) -> IntArray:

@@ -18,6 +18,7 @@ import accuracy
 import numpy as np
 import prompts
 import torch
+from drawing import save
 from prompts import TITLES
 from sections import Section, interval, picture, table
 from subject import VARIANTS, Subject
@@ -156,8 +157,6 @@ def draw(values: dict[str, Any], path: Path) -> None:
     """Bars of the LIS by task, a panel for each way of counting."""
     from matplotlib.figure import Figure
 
-    from equipoise.files.atomic import atomic_file
-
     figure = Figure(figsize=(11, 6.5), dpi=100, layout="constrained")
     for axes, which, title in zip(
         figure.subplots(2, 1, sharex=True),
@@ -175,5 +174,4 @@ def draw(values: dict[str, Any], path: Path) -> None:
         axes.set_xticks(at, [TITLES[task] for task in prompts.TASKS])
         axes.margins(y=0.16)
     figure.axes[0].legend(ncols=len(VARIANTS), frameon=False, loc="upper left", fontsize=9)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png")
+    save(figure, path)
