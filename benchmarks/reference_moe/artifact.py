@@ -40,7 +40,7 @@ def write(path: Path, weights: Mapping[str, torch.Tensor], about: Mapping[str, A
             continue
         if name.endswith(".keep"):
             if not bool(weight.all()):
-                tensors[name] = torch.from_numpy(np.packbits(weight.numpy(), axis=1))
+                tensors[name] = torch.from_numpy(np.packbits(weight.cpu().numpy(), axis=1))
             continue
         scale = weight.detach().float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         tensors[name] = (weight.detach().float() / scale).round().to(torch.int8).contiguous()

@@ -71,12 +71,16 @@ class Layer(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 weights of each expert: gate and up [E, 2 I, H], down [E, H, I]; zeros where neurons are missing."""
-        parts = {n: getattr(self, n).float().view(self.experts, self.rank, -1) for n in FACTORS}
-        keep = self.keep.float()
+        """Weights of each expert: gate and up [E, 2 I, H], down [E, H, I]; zeros where neurons are missing.
+
+        In float64: the order of a product's sums differs between processors, and rounded to bfloat16 afterwards the
+        weights are the same bits on all of them.
+        """
+        parts = {n: getattr(self, n).double().view(self.experts, self.rank, -1) for n in FACTORS}
+        keep = self.keep.double()
         return (
-            (self.base_in.float() + parts["in_b"].transpose(1, 2) @ parts["in_a"]) * keep.repeat(1, 2)[:, :, None],
-            (self.base_out.float() + parts["out_b"].transpose(1, 2) @ parts["out_a"]) * keep[:, None],
+            (self.base_in.double() + parts["in_b"].transpose(1, 2) @ parts["in_a"]) * keep.repeat(1, 2)[:, :, None],
+            (self.base_out.double() + parts["out_b"].transpose(1, 2) @ parts["out_a"]) * keep[:, None],
         )
 
 

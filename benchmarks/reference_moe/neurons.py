@@ -36,7 +36,7 @@ def usage(
     weights = weights / weights.sum(-1, keepdim=True)
     gate, up = functional.linear(inputs, base_in).float().chunk(2, -1)
     squares = (functional.silu(gate) * up).pow(2)
-    share = torch.zeros(len(inputs), len(router)).scatter_(1, chosen, weights.pow(2))
+    share = torch.zeros(len(inputs), len(router), device=inputs.device).scatter_(1, chosen, weights.pow(2))
     return (share.T @ squares).sqrt() * base_out.float().norm(dim=0)
 
 

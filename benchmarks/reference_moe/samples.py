@@ -28,8 +28,18 @@ OPENINGS = (
 
 
 @torch.inference_mode()
-def own_samples(dense: Any, tokenizer: Any, passes: int, length: int, seed: int) -> npt.NDArray[np.int64]:
+def own_samples(
+    dense: Any, tokenizer: Any, passes: int, length: int, seed: int, at_once: int = 1
+) -> npt.NDArray[np.int64]:
     """Samples of the dense model (temperature 0.9, among the 50 likeliest tokens), `passes` for each opening.
+
+    Args:
+        dense: the dense model.
+        tokenizer: its tokenizer.
+        passes: samples for each opening.
+        length: tokens of a sample.
+        seed: of the draws.
+        at_once: passes that are written together.
 
     Returns:
         int64 [passes * openings, length]; where the model ended a text, it begins another after the end-of-text token.
@@ -40,12 +50,14 @@ def own_samples(dense: Any, tokenizer: Any, passes: int, length: int, seed: int)
     longest = max(map(len, starts))
     rows = torch.tensor([[0] * (longest - len(ids)) + ids for ids in starts])
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in starts])
-    for _ in range(passes):
+    for first in range(0, passes, at_once):
+        again = min(at_once, passes - first)
         written = dense.generate(
-            input_ids=rows, attention_mask=mask, max_length=length + longest, do_sample=True, temperature=0.9,
-            top_p=1.0, top_k=50, eos_token_id=None, pad_token_id=0, suppress_tokens=[1, 2],
-        )  # fmt: skip
-        for row, ids in zip(written, starts, strict=True):
+            input_ids=rows.repeat(again, 1).to(dense.device), attention_mask=mask.repeat(again, 1).to(dense.device),
+            max_length=length + longest, do_sample=True, temperature=0.9, top_p=1.0, top_k=50, eos_token_id=None,
+            pad_token_id=0, suppress_tokens=[1, 2],
+        ).cpu()  # fmt: skip
+        for row, ids in zip(written, starts * again, strict=True):
             begin = longest - len(ids) + 1  # the opening itself: tasks are read without an end-of-text before them
             out.append(row[begin : begin + length])
     return torch.stack(out).numpy()

@@ -90,6 +90,40 @@ def test_training_goes_on_from_its_checkpoint(tmp_path):
     assert set(entries[0]["held_out"]) == set(scripts.data.STREAMS)
 
 
+def test_a_budget_of_steps_with_several_windows_of_a_kind(tmp_path):
+    train = scripts.train
+    options = train.Options(steps=10, scale=2, experts=4, rank=3, length=16, router_windows=2, validate_windows=2)
+    tokens = streams(np.random.default_rng(0))
+    model, _ = trained_like()
+    loss = scripts.losses.HeadLoss(model.embedding)
+    assert train.batch(tokens, 0, options).shape == (20, 16)
+    assert train.train(model, loss, tokens, tmp_path, options) == 10
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    (own,) = [entry for entry in entries if "nll_kl" in entry]
+    assert own["step"] == 10
+    assert set(own["lis"]) == set(own["nll_kl"]) == set(train.PLAN)
+    assert all(1 <= value <= 2 for value in own["lis"].values())  # 4 experts, 2 chosen
+    assert own["nll_kl"]["own"][1] > 0  # the streams with a teacher come first, and only they diverge from it
+    assert own["nll_kl"]["fiction"][1] == 0
+    _, about = scripts.artifact.read(tmp_path / "artifact.safetensors")
+    assert about["tokens"] == 10 * 20 * 16
+
+
+def test_where_training_starts_is_kept(tmp_path):
+    begin, options = scripts.begin, scripts.recipe.Options(experts=4, rank=3, length=16, router_windows=2, drop=0.25)
+    tokens = streams(np.random.default_rng(0))
+    first, _ = trained_like()
+    begin.fresh_start(first, tokens, tmp_path, options)
+    other, _ = trained_like()
+    begin.fresh_start(other, {}, tmp_path, options)  # reads no token
+    for one, two in zip(first.layers, other.layers, strict=True):
+        assert torch.equal(one.router, two.router)
+        assert torch.equal(one.keep, two.keep)
+        assert not one.keep.all()
+    with pytest.raises(InputError, match="other experts, seed or --drop"):
+        begin.fresh_start(other, {}, tmp_path, scripts.recipe.Options(experts=4, drop=0.1))
+
+
 def test_training_begins_with_an_artifact(tmp_path):
     train = scripts.train
     options = train.Options(minutes=0, experts=4, rank=3, length=16, validate_windows=2, drop=0.25)
@@ -118,7 +152,7 @@ def test_a_step_lowers_the_loss_of_its_own_batch():
     optimizer = torch.optim.AdamW([p for _, p in model.trained()], lr=1e-3)
     totals = []
     for _ in range(4):
-        total, nll, kl, balance, loads = train.losses(model, loss, ids)
+        total, nll, kl, balance, loads = train.losses(model, loss, ids, options.plan)
         totals.append(float(total.detach()))
         optimizer.zero_grad()
         (total + 0.003 * balance).backward()
