@@ -70,7 +70,7 @@ def measure(subject: Subject) -> dict[str, Any]:
         "original": {"lis": raw, "bytes": 1.0, "replicas": 0.0, "quantized": 0.0, "perplexity": before.perplexity}
     }
     for name, drawn in made.items():
-        model = load_model(subject.moe, dtype=subject.dtype).model
+        model = load_model(subject.moe, dtype=subject.dtype, device=subject.device).model
         subject.apply(model, drawn[0])
         after = evaluate_text(model, windows)
         del model

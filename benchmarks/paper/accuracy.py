@@ -21,7 +21,7 @@ from equipoise.evaluation.harness_model import HarnessModel
 from equipoise.evaluation.paired import Difference, Measure, compare, pool
 
 ROWS = 12
-"""Questions a forward."""
+"""Questions a forward on a processor, and answers a forward with LASER on any device, which routes by the batch."""
 
 
 def neighbour(folder: str, name: str) -> Any:
@@ -38,7 +38,7 @@ def neighbour(folder: str, name: str) -> Any:
     return sys.modules[known]
 
 
-def answered(loaded: Any, task: str, data: Path, limit: int, packed: bool) -> dict[str, list[float]]:
+def answered(loaded: Any, task: str, data: Path, limit: int, packed: bool, rows: int = ROWS) -> dict[str, list[float]]:
     """Right (1) or wrong (0) for each document, by task name (of `mmlu`, by subject).
 
     Args:
@@ -48,10 +48,11 @@ def answered(loaded: Any, task: str, data: Path, limit: int, packed: bool) -> di
         limit: documents of each task or subject, the first.
         packed: the answers to a question in one row. Not with LASER: it has to tell padding, which a packed row's
             mask does not show, and the load it routes by would be that of another batch than the harness's.
+        rows: a forward.
     """
     tasks = load_tasks([task], data)
     kind = neighbour("reference_moe", "answers").PackedModel if packed else HarnessModel
-    model = kind(loaded, ROWS)
+    model = kind(loaded, rows)
     with redirect_stdout(sys.stderr):
         out: Any = evaluator.evaluate(lm=model, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     return {

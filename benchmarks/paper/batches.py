@@ -66,9 +66,9 @@ def pad_routing(model: Any, rows: Sequence[Sequence[int]], side: str, pad: int, 
             seen[row] = routing.index  # all rows: padding has not been left out here
 
         with watch(model, observe):
-            model.base_model(**batch, use_cache=False)
+            model.base_model(**{name: t.to(model.device) for name, t in batch.items()}, use_cache=False)
         shape = batch["input_ids"].shape
-        chosen = torch.stack([seen[row].reshape(*shape, -1) for row in range(layers)], 2).numpy()
+        chosen = torch.stack([seen[row].reshape(*shape, -1) for row in range(layers)], 2).cpu().numpy()
         out += [ids[mask == 0] for ids, mask in zip(chosen, batch["attention_mask"].numpy(), strict=True)]
     return out
 

@@ -38,7 +38,7 @@ def counted(subject: Subject) -> dict[str, Any]:
         for held in (False, True):
             tokens = data.tokenized(subject.data, subject.tokenizer, domain, held)
             rows = data.held_out_windows(tokens, WINDOW, subject.sizes.windows)
-            out[f"{domain}.{'held' if held else 'train'}"] = prompts.routing(model, rows.tolist(), 8)
+            out[f"{domain}.{'held' if held else 'train'}"] = prompts.routing(model, rows.tolist(), subject.rows(8))
     return out
 
 

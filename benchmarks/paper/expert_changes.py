@@ -129,9 +129,10 @@ class Bench:
 
     @torch.inference_mode()
     def __init__(self, model: Any, ids: torch.Tensor, layer: int = 0) -> None:
+        ids = ids.to(model.device)
         self.model, self.ids, self.layer = model, ids, layer
         x = model.model.embed_tokens(ids)
-        self._rotary = model.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
+        self._rotary = model.model.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
         self._begun = self._blocks(x, 0, layer)
         self._logits = list(self._finish())
         self.losses = np.array(

@@ -65,10 +65,10 @@ def observe(model: Any, ids: torch.Tensor, layers: Sequence[int], seed: int = 0)
     model.requires_grad_(False)
     drawn = torch.Generator().manual_seed(seed)
     parts: dict[int, list[list[torch.Tensor]]] = {layer: [] for layer in layers}
-    for row in ids:
+    for row in ids.to(model.device):
         seen, outputs = _forward(model, row[None], layers)
         logits = outputs.pop("logits")
-        following = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn)[:, 0]
+        following = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=drawn)[:, 0].to(row.device)
         taken = [outputs[layer] for layer in layers]
         own = torch.autograd.grad(_score(logits, following), taken, retain_graph=True)
         # The last token's successor is not in the window, so it has no score of its own.

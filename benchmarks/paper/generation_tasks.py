@@ -67,11 +67,11 @@ def log_likelihoods(model: Any, tokenizer: Any, texts: Sequence[str], batch: int
     for start in range(0, len(order), batch):
         mine = order[start : start + batch]
         width = max(len(rows[i]) for i in mine)
-        ids = torch.tensor([rows[i] + [tokenizer.eos_token_id] * (width - len(rows[i])) for i in mine])
-        mask = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in mine])
+        ids = torch.tensor([rows[i] + [tokenizer.eos_token_id] * (width - len(rows[i])) for i in mine]).to(model.device)
+        mask = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in mine]).to(model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         for i, scores in zip(mine, logits, strict=True):
-            wanted = torch.tensor(rows[i][1:])
+            wanted = torch.tensor(rows[i][1:], device=model.device)
             loss = torch.nn.functional.cross_entropy(scores[: len(wanted)].float(), wanted, reduction="none")
             out[i] = -float(loss.double().sum())
     return out

@@ -53,12 +53,13 @@ def _answers(
 ) -> list[str]:
     end = tokenizer.eos_token_id
     width = max(map(len, rows))
-    ids = torch.tensor([[end] * (width - len(row)) + row for row in rows])
-    real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    mask = torch.cat([torch.ones(len(rows), len(shared), dtype=torch.int64), real], 1)
+    device = model.device
+    ids = torch.tensor([[end] * (width - len(row)) + row for row in rows], device=device)
+    real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    mask = torch.cat([torch.ones(len(rows), len(shared), dtype=torch.int64, device=device), real], 1)
     cache = DynamicCache(config=model.config)
     if shared:
-        begun = torch.tensor([shared])
+        begun = torch.tensor([shared], device=device)
         model(input_ids=begun, attention_mask=torch.ones_like(begun), past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(rows))
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, len(shared) :]
@@ -78,7 +79,7 @@ def _answers(
             text = tokenizer.decode(written[i], skip_special_tokens=True)
             if token == end or any(stop in text for stop in stops):
                 texts[i] = until(text, stops)
-        going = torch.tensor([text is None for text in texts])
+        going = torch.tensor([text is None for text in texts], device=device)
         if not going.any():
             break
         # What has ended goes on as padding: it must not count as load, which LASER looks at.

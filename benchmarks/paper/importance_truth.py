@@ -65,7 +65,7 @@ def measure(subject: Any) -> dict[str, Any]:
         if subject.dtype == "float32":
             return subject.model("original").model
         if not held:  # not before it is needed: all may be kept already
-            held["model"] = load_model(subject.moe, dtype="float32", tokenizer=False).model
+            held["model"] = load_model(subject.moe, dtype="float32", device=subject.device, tokenizer=False).model
         return held["model"]
 
     def kept(name: str, work: Work, **more: Any) -> Arrays:

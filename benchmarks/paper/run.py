@@ -6,8 +6,9 @@
 A run that was stopped goes on where it stood: every cell is kept in --work under the hash of what it depends on.
 `--quick` is the small form (few documents, wide intervals, another output by default). `--only` measures some
 sections, or some of table 2's and generation's cells (`--only lis accuracy/joint domains`); what is kept already still
-enters the document, and what is not says so. The last stdout line is one JSON object; exit code 1
-when a cell could not be run.
+enters the document, and what is not says so. Several runs with other sections may share a directory, and one GPU.
+`--render` measures nothing: with the options of the runs that measured, it writes the document on any machine. The last
+stdout line is one JSON object; exit code 1 when a cell could not be run.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Part:
 def parts(subject: Subject, trace_files: Path, work: Path) -> dict[str, Part]:
     """Every section by name, in the order of the document."""
     size = {"quick": subject.quick, "share": subject.share}
+    beside = {"device": subject.device.type, "large": subject.large}
     files = {"files": sorted(path.name for path in trace_files.glob("*.npz")), "quick": subject.quick}
     truth = (expert_changes, expert_predictors, rank_agreement)
 
@@ -85,7 +87,7 @@ def parts(subject: Subject, trace_files: Path, work: Path) -> dict[str, Part]:
     return {
         "table2": Part(table2, lambda: table2.measure(subject), cells=("lis", "accuracy")),
         "domains": part(domains),
-        "speed": part(speed),
+        "speed": Part(speed, lambda: speed.measure(subject), size | beside, (prompts,)),
         "batches": part(batches),
         "importance": part(importance_truth, *truth),
         "samples": part(samples, counted),
@@ -123,9 +125,12 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="keeps every cell; a stopped run goes on from it")
     parser.add_argument("--out", type=Path, help="the document (docs/results.md; with --quick, results.md in --work)")
     parser.add_argument("--quick", action="store_true", help="few documents: minutes instead of an hour")
+    parser.add_argument("--large", action="store_true", help="13,000 documents for accuracy: for a GPU")
     parser.add_argument("--share", type=float, default=1.0, help="of the full form's documents, for slow machines")
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="measure these sections only")
     parser.add_argument("--fresh", action="store_true", help="measure anew what is kept")
+    parser.add_argument("--render", action="store_true", help="measure nothing, write what is kept")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="to compute on (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="to compute in (default: the fastest)")
     parser.add_argument("--threads", type=int, default=0, help="of torch (0: as torch chooses)")
     arguments = parser.parse_args()
@@ -135,10 +140,18 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     began = time.perf_counter()
-    store = Store(arguments.work, arguments.fresh)
     if not 0 < arguments.share <= 1:
         raise InputError(f"--share is in (0, 1], got {arguments.share}")
-    subject = Subject(arguments.moe, arguments.data, store, arguments.quick, arguments.dtype, arguments.share)
+    if arguments.device == "cuda" and not arguments.render and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here; with --render none is needed")
+    store = Store(arguments.work, arguments.fresh)
+    store.closed = arguments.render
+    subject = Subject(
+        arguments.moe, arguments.data, store, arguments.quick, arguments.dtype, arguments.share, arguments.large,
+        arguments.device,
+    )  # fmt: skip
+    if not arguments.render:
+        store.machine = speed.machine(subject.device.type)
     known = parts(subject, arguments.traces, arguments.work)
     store.only = selected(arguments.only or (), known)
     out = arguments.out or (arguments.work / "results.md" if arguments.quick else Path("docs/results.md"))
@@ -177,17 +190,21 @@ def main() -> int:
 def _command(arguments: argparse.Namespace) -> str:
     where = "--moe reference-moe --data ../shared/data --traces ../shared/traces --work paper-run"
     line = f"python benchmarks/paper/run.py {where}"
+    line += " --large" if arguments.large and not arguments.quick else ""
+    for name in ("device", "dtype"):
+        line += f" --{name} {getattr(arguments, name)}" if getattr(arguments, name) else ""
     return line + (" --quick" if arguments.quick else f" --share {arguments.share:g}" if arguments.share < 1 else "")
 
 
 def _about(arguments: argparse.Namespace, subject: Subject, store: Store) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in made_with().items())
-    size = "the full form" if arguments.share == 1 else f"{arguments.share:.0%} of the full form's documents"
+    size = "the large form" if arguments.large else "the full form"
+    size = size if arguments.share == 1 else f"{arguments.share:.0%} of {size}'s documents"
+    machines = "; ".join(f"{seconds / 60:.0f} minutes on {where}" for where, seconds in sorted(store.machines.items()))
     size = "the quick form: few documents, wide intervals" if arguments.quick else size
     return (
-        f"Run of {datetime.date.today().isoformat()}, {size}; {speed.processor()}; computed in "
-        f"{subject.dtype.replace('auto', 'the dtype of the checkpoint')}; {versions}; its cells took "
-        f"{store.seconds / 60:.0f} minutes together. Weights: {subject.identity}."
+        f"Run of {datetime.date.today().isoformat()}, {size}; equipoise {made_with()['equipoise']}; computed in "
+        f"{subject.dtype.replace('auto', 'the dtype of the checkpoint')}; its cells took "
+        f"{store.seconds / 60:.0f} minutes together: {machines or 'none is kept'}. Weights: {subject.identity}."
     )
 
 

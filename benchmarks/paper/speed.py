@@ -1,8 +1,10 @@
-"""Tokens a second of every variant beside the original: prefill of 8 x 64 tokens, and 16 decoding steps of 8 rows.
+"""Tokens a second of every variant beside the original: prefill of 8 x 64 tokens, and 8 decoding steps of 8 rows.
 
-Two models are held at a time, the original and the variant, and called in turn; the figure is the median over rounds
-of the ratio within a round, with the least and the most (benchmarks/runtime/timing.py, `race`). The processor is part
-of the figure. This is the reference model on the machine of this run; large experts are in benchmarks/runtime.
+The large form also has a prefill of 32 x 256 tokens. Two models are held at a time, the original and the variant, and
+called in turn; the figure is the median over rounds of the ratio within a round, with the least and the most
+(benchmarks/runtime/timing.py, `race`). Each comparison takes some seconds, and at least `LEAST` rounds. On a GPU a
+call ends when the device is done. The processor is part of the figure, and nothing else should run on it. This is the
+reference model on the machine of this run; large experts are in benchmarks/runtime.
 """
 
 from __future__ import annotations
@@ -13,41 +15,65 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from accuracy import neighbour
 from sections import Section, table
 from subject import VARIANTS, Subject
 
 from equipoise.models import load_model
 
-ROWS, WIDTH, STEPS = 8, 64, 16
+ROWS, WIDTH, STEPS = 8, 64, 8
+LARGE = (32, 256)
+"""Rows and tokens of the large form's prefill."""
+LEAST = 5
+"""Rounds of a comparison, whatever they take."""
 
 
-def processor() -> str:
-    """Name of the processor, and what of its instructions matters here."""
+def processor(device: str = "cpu") -> str:
+    """Name of the processor, and what of its instructions matters here; the GPU before it where it computes."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         name = f"{names[0]}, {len(names)} cores" if names else name
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    name = f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{torch.cuda.get_device_name()} beside {name}" if device == "cuda" else name
+
+
+def machine(device: str) -> str:
+    """What a cell is measured on: the processor and the libraries."""
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}"
+    return f"{processor(device)} ({versions})"
 
 
 def measure(subject: Subject) -> dict[str, Any]:
     """`processor`, `dtype`, `threads`, and for each variant and kind of step: tokens a second, ratio, least, most."""
     timing = neighbour("runtime", "timing")
-    original = load_model(subject.moe, dtype=subject.dtype).model
-    text = [token for row in subject.prompts("gsm8k")[:ROWS] for token in row]
-    ids = torch.tensor((text * (1 + ROWS * WIDTH // len(text)))[: ROWS * WIDTH]).view(ROWS, WIDTH)
+    original = load_model(subject.moe, dtype=subject.dtype, device=subject.device).model
+    text = [token for row in subject.prompts("gsm8k") for token in row]
+    ids = text_ids(text, ROWS, WIDTH).to(subject.device)
+    kinds: list[tuple[str, Any, torch.Tensor, int]] = [
+        ("prefill", prefill, ids, ids.numel()), ("decode", decode, ids, ROWS * STEPS)
+    ]  # fmt: skip
+    if subject.large:
+        more = text_ids(text, *LARGE).to(subject.device)
+        kinds.append((f"prefill, {LARGE[0]} x {LARGE[1]}", prefill, more, more.numel()))
     out: dict[str, Any] = {
-        "processor": processor(), "dtype": str(original.dtype), "threads": torch.get_num_threads(), "rows": {},
+        "processor": processor(subject.device.type), "device": subject.device.type, "dtype": str(original.dtype),
+        "threads": torch.get_num_threads(), "rows": {},
     }  # fmt: skip
     for variant in VARIANTS[1:]:
         with subject.variant(variant) as loaded:
             out["rows"][variant] = {
                 kind: _compare(timing, work, original, loaded.model, ids, tokens, subject.quick)
-                for kind, work, tokens in (("prefill", prefill, ROWS * WIDTH), ("decode", decode, ROWS * STEPS))
+                for kind, work, ids, tokens in kinds
             }
     return out
+
+
+def text_ids(text: list[int], rows: int, width: int) -> torch.Tensor:
+    """Tokens of a text, repeated where it is too short, as int64 [rows, width]."""
+    return torch.tensor((text * (1 + rows * width // len(text)))[: rows * width]).view(rows, width)
 
 
 @torch.inference_mode()
@@ -68,8 +94,13 @@ def decode(model: Any, ids: torch.Tensor) -> object:
 def _compare(
     timing: Any, work: Any, original: Any, model: Any, ids: torch.Tensor, tokens: int, quick: bool
 ) -> dict[str, float]:
-    variants = {"original": lambda: work(original, ids), "variant": lambda: work(model, ids)}
-    pace = timing.Pace(seconds=4 if quick else 20, least=3 if quick else 7, most=31, warm_seconds=1)
+    def ended(one: Any) -> None:
+        work(one, ids)
+        if ids.is_cuda:
+            torch.cuda.synchronize(ids.device)
+
+    variants = {"original": lambda: ended(original), "variant": lambda: ended(model)}
+    pace = timing.Pace(seconds=2 if quick else 5, least=3 if quick else LEAST, most=31, warm_seconds=1)
     for call in variants.values():
         timing.warm(call, pace)
     times = timing.race(variants, pace)
@@ -98,10 +129,10 @@ def section(values: dict[str, Any], folder: Path, quick: bool) -> Section:
             )
     words = (
         f"{values['processor']}, {values['threads']} threads, {values['dtype'].removeprefix('torch.')}. Above 1 is "
-        f"faster than the original, median of rounds (least to most). Prefill of {ROWS} x {WIDTH} tokens; decoding of "
-        f"{ROWS} rows."
+        f"faster than the original, median of rounds (least to most). Prefill of {ROWS} x {WIDTH} tokens where nothing "
+        f"else is said; decoding of {STEPS} tokens of {ROWS} rows."
     )
-    if values["dtype"] == "torch.float32":
+    if values["device"] == "cpu" and values["dtype"] == "torch.float32":
         words += (
             " This processor has no bfloat16 products, so the run computes in float32 and the packed kernels, which "
             "are for bfloat16 models, do not run: what is seen here is the plain path. Speed on a processor that has "

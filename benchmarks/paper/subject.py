@@ -33,6 +33,7 @@ from cells import Store, fingerprint
 import equipoise as eq
 from equipoise.evaluation.data import Batch
 from equipoise.models import load_model
+from equipoise.models.loading import default_device
 from equipoise.options import ProfileOptions
 from equipoise.rerouting import Thresholds, calibrate, installed
 from equipoise.runtime.kernels.packed import can_pack
@@ -53,18 +54,22 @@ class Sizes:
         items: of a task for accuracy, for original and joint.
         others: the same for R&Q.
         subject_items, subject_others: the same of each of MMLU's 57 subjects.
-        rerouted: of a task for the variants with LASER, which read every answer apart: two to three times the tokens.
+        lis_rerouted: the same for the variants with LASER, a prompt a forward on any device.
+        rerouted, subject_rerouted: for the variants with LASER, which read every answer apart: two to three times the
+            tokens.
         windows: of a domain, to plan on and to score on.
         laser_windows: of calibration text, for LASER's thresholds (it is read some twenty times).
     """
 
     prompts: int = 400
     lis: int = 100
+    lis_rerouted: int = 100
     items: int = 1000
     others: int = 300
     subject_items: int = 20
     subject_others: int = 6
     rerouted: int = 100
+    subject_rerouted: int = 6
     windows: int = 24
     laser_windows: int = 32
 
@@ -79,8 +84,15 @@ class Sizes:
 
 
 QUICK = Sizes(
-    prompts=60, lis=10, items=24, others=24, subject_items=1, subject_others=1, rerouted=8, windows=3, laser_windows=6
+    prompts=60, lis=10, lis_rerouted=10, items=24, others=24, subject_items=1, subject_others=1, rerouted=8,
+    subject_rerouted=1, windows=3, laser_windows=6,
+)  # fmt: skip
+LARGE = Sizes(
+    lis_rerouted=60, items=2500, others=2500, subject_items=60, subject_others=60, rerouted=200, subject_rerouted=8
 )
+"""About 13,000 documents: a pooled change to within 0.3 to 0.4 points."""
+WIDE = 64
+"""Rows a forward on a GPU, which fewer leave idle."""
 
 
 class Subject:
@@ -93,15 +105,20 @@ class Subject:
         quick: the small form.
         dtype: to compute in; None: the checkpoint's, or float32 where that is faster.
         share: of the full form's documents, for slow machines.
+        large: as many documents as a pooled accuracy to within half a point needs.
+        device: to compute on; None: as `load_model` chooses. Cells do not depend on it, but for speed.
     """
 
     def __init__(
-        self, moe: Path, data: Path, store: Store, quick: bool, dtype: str | None = None, share: float = 1.0
-    ) -> None:
+        self, moe: Path, data: Path, store: Store, quick: bool, dtype: str | None = None, share: float = 1.0,
+        large: bool = False, device: str | None = None,
+    ) -> None:  # fmt: skip
         self.moe, self.data, self.store, self.quick = moe, data, store, quick
-        self.dtype = dtype or ("auto" if torch.cuda.is_available() or can_pack(torch.bfloat16) else "float32")
-        self.share = share
-        self.sizes = QUICK if quick else Sizes().scaled(share)
+        self.device = torch.device(device or default_device())
+        fast = self.device.type == "cuda" or can_pack(torch.bfloat16)
+        self.dtype = dtype or ("auto" if fast else "float32")
+        self.share, self.large = share, large
+        self.sizes = QUICK if quick else (LARGE if large else Sizes()).scaled(share)
         self.identity = fingerprint(moe)
         self._held: tuple[str, Any] | None = None
 
@@ -121,6 +138,10 @@ class Subject:
             **more,
         }
 
+    def rows(self, least: int) -> int:
+        """Rows a forward where that changes nothing but speed: `least` on a processor, `WIDE` or more on a GPU."""
+        return least if self.device.type == "cpu" else max(least, WIDE)
+
     @functools.cache  # noqa: B019 - one subject a run
     def prompts(self, task: str) -> list[list[int]]:
         """Token ids of a task's prompts; the first tenth is for calibration."""
@@ -131,7 +152,7 @@ class Subject:
         made = self.store.arrays(
             f"routing/{task}",
             {"model": self.identity, "dtype": self.dtype, "prompts": self.sizes.prompts, "longest": prompts.LONGEST},
-            lambda: {"counts": prompts.routing(self.model("original").model, self.prompts(task))},
+            lambda: {"counts": prompts.routing(self.model("original").model, self.prompts(task), self.rows(16))},
             [prompts],
         )
         return made["counts"]
@@ -166,19 +187,32 @@ class Subject:
     def profile(self) -> Profile:
         """Load and importance on the calibration windows."""
         path = self.store.path("profile", self.inputs(), [prompts], "npz")
-        if not path.exists() or self.store.fresh:
+
+        def make() -> None:
             made = eq.profile(
                 self.model("original").model, self.windows(),
                 ProfileOptions(importance_tokens=8192, low_precision="int8"),
                 model_name=self.moe.name, data="the first tenth of each task's prompts",
             )  # fmt: skip
             eq.save_profile(as_stored(made) if self.dtype == "float32" else made, path)
+
+        self.store.file(path, "profile", make)
         return eq.load_profile(path)
 
     @functools.cached_property
     def plans(self) -> dict[str, Plan]:
-        """`paper` and `joint`, at their defaults."""
-        return {"paper": eq.plan(self.profile, preset="paper"), "joint": eq.plan(self.profile, budget=1.0)}
+        """`paper` and `joint`, at their defaults; kept, so that every run of the directory has the same."""
+        options: dict[str, dict[str, Any]] = {"paper": {"preset": "paper"}, "joint": {"budget": 1.0}}
+        found = {}
+        for name, own in options.items():
+            path = self.store.path(f"plan {name}", self.inputs(), [prompts], "json")
+
+            def make(own: dict[str, Any] = own, path: Path = path) -> None:
+                eq.save_plan(eq.plan(self.profile, **own), path)
+
+            self.store.file(path, f"plan {name}", make)
+            found[name] = eq.load_plan(path)
+        return found
 
     def model(self, variant: str) -> Any:
         """A `LoadedModel` of `original`, or with a plan applied."""
@@ -188,7 +222,7 @@ class Subject:
             plan = None if name == "original" else self.plans[name]  # before the model that it may need is dropped
             self._held = None
             gc.collect()
-            loaded = load_model(self.moe, dtype=self.dtype)
+            loaded = load_model(self.moe, dtype=self.dtype, device=self.device)
             if plan is not None:
                 self.apply(loaded.model, plan)
             self._held = (name, loaded)
@@ -204,10 +238,14 @@ class Subject:
             return None
         inputs = self.inputs(bound=LASER_BOUND, windows=self.sizes.laser_windows)
         path = self.store.path(f"thresholds {variant}", inputs, [prompts], "json")
-        if not path.exists() or self.store.fresh:
+
+        def make() -> None:
+            # Batches of 8 on every device: LASER routes by the load of the batch.
             seen = self.windows(most=self.sizes.laser_windows)
             found = calibrate(self.model(variant).model, seen, max_loss_increase=LASER_BOUND)
             eq.save_laser(found.thresholds, path)
+
+        self.store.file(path, f"thresholds {variant}", make)
         return eq.load_laser(path)
 
     @contextlib.contextmanager

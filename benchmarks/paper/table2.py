@@ -1,16 +1,19 @@
 """Table 2: balance and accuracy of the original, R&Q, the joint plan, LASER, and both; memory and speed beside them.
 
-LIS is measured in the model, one prompt a forward (batch 1, one new token), on prompts that calibration has not seen:
+LIS is measured in the model at batch 1 with one new token, on prompts that calibration has not seen:
 
     of a prompt    LIS of each prompt, mean over prompts and layers       what a single request meets
     of the task    LIS of the selections of all prompts together, mean over layers     what a server's hour meets
 
 A prompt of a few dozen tokens cannot be balanced by any plan made beforehand, hence both. Slots where there is a plan.
+
+With LASER, which routes by the batch, each prompt has a forward of its own. Elsewhere prompts may share one: what a
+token selects does not depend on the others, and each prompt's selections go to slots as if it were alone.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +28,61 @@ from subject import VARIANTS, Subject
 
 import equipoise as eq
 from equipoise.evaluation.paired import compare
+from equipoise.models.families import MoELayer, Routing, find_layers
+from equipoise.types import IntArray
 
 
 def measure_lis(subject: Subject, variant: str, task: str, count: int) -> dict[str, Any]:
     """LIS of a variant on the first `count` prompts of a task after the calibration part."""
     own = subject.prompts(task)
     rows = own[prompts.calibration(len(own)) :][:count]
-    each: list[float] = []
-    with subject.variant(variant) as loaded, eq.watch(loaded.model) as load, torch.inference_mode():
-        experts = load.layers[0].num_experts
-        seen = [load.slot_counts]
-        for batch in prompts.batched(rows, 1):
-            loaded.model.model(**batch, use_cache=False)
-            seen.append(load.slot_counts)
-    for before, after in pairwise(seen):
-        steps = [b - a for a, b in zip(before, after, strict=True)]
-        each.append(float(np.mean([eq.slot_lis(step, experts) for step in steps])))
-    total = float(np.mean([eq.slot_lis(counts, experts) for counts in seen[-1]]))
-    return {"prompts": len(rows), "tokens": sum(map(len, rows)), "each": each, "task": total}
+    with subject.variant(variant) as loaded:
+        experts = find_layers(loaded.model)[0].num_experts
+        layers = slot_counts(loaded.model, rows, 1 if variant.endswith("laser") else subject.rows(1))
+    lis = np.array([[eq.slot_lis(counts, experts) for counts in prompt] for prompt in zip(*layers, strict=True)])
+    total = float(np.mean([eq.slot_lis(counts.sum(0), experts) for counts in layers]))
+    return {"prompts": len(rows), "tokens": sum(map(len, rows)), "each": lis.mean(1).tolist(), "task": total}
+
+
+@torch.inference_mode()
+def slot_counts(model: Any, rows: Sequence[Sequence[int]], size: int) -> list[IntArray]:
+    """Selections that each slot executes of each prompt alone.
+
+    Args:
+        model: with MoE layers, balanced or not.
+        rows: token ids of P prompts.
+        size: prompts a forward.
+
+    Returns:
+        int64 [P, S_l] for each layer; a layer without a plan has its experts for slots.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i])) if size > 1 else list(range(len(rows)))
+    found: list[list[IntArray]] = [[] for _ in find_layers(model)]
+    batch: dict[str, torch.Tensor] = {}
+
+    def observe(row: int, layer: MoELayer, routing: Routing, _real: torch.Tensor | None) -> None:
+        index = routing.index.cpu().view(*batch["input_ids"].shape, -1)
+        balanced: Any = getattr(layer.experts, "equipoise_slots", None)
+        for own, mask in zip(index, batch["attention_mask"].cpu().bool(), strict=True):
+            slots = own[mask] if balanced is None else balanced.table.assign(own[mask])
+            number = layer.num_experts if balanced is None else balanced.table.num_slots
+            # One more: what the family itself dropped.
+            found[row].append(np.bincount(slots.numpy().ravel(), minlength=number + 1)[:number])
+
+    with eq.watch(model, observe):
+        for part in prompts.batched([rows[i] for i in order], size):
+            batch = {name: tensor.to(model.device) for name, tensor in part.items()}
+            model.model(**batch, use_cache=False)
+    back = np.argsort(order)
+    return [np.stack(counts)[back] for counts in found]
 
 
 def measure_accuracy(subject: Subject, variant: str, task: str, limit: int) -> dict[str, list[float]]:
     """Right or wrong for each document, by (sub)task."""
     with subject.variant(variant) as loaded:
-        return accuracy.answered(loaded, task, subject.data, limit, packed=not variant.endswith("laser"))
+        packed = not variant.endswith("laser")
+        rows = subject.rows(accuracy.ROWS) if packed else accuracy.ROWS
+        return accuracy.answered(loaded, task, subject.data, limit, packed, rows)
 
 
 def measure(subject: Subject) -> dict[str, Any]:
@@ -56,18 +90,19 @@ def measure(subject: Subject) -> dict[str, Any]:
     sizes = subject.sizes
     out: dict[str, Any] = {"lis": {}, "acc": {}, "bytes": {}, "replicas": {}, "quantized": {}}
     for variant in VARIANTS:
-        wide = variant in ("original", "joint")
+        wide, laser = variant in ("original", "joint"), variant.endswith("laser")
+        count = sizes.lis_rerouted if laser else sizes.lis
         out["lis"][variant], out["acc"][variant] = {}, {}
         for task in prompts.TASKS:
             out["lis"][variant][task] = subject.store.cell(
                 f"lis/{variant}/{task}",
-                subject.inputs(count=sizes.lis),
-                lambda variant=variant, task=task: measure_lis(subject, variant, task, sizes.lis),
+                subject.inputs(count=count),
+                lambda variant=variant, task=task, count=count: measure_lis(subject, variant, task, count),
             )
         for task in prompts.ACCURACY:
-            limit = sizes.items if wide else sizes.rerouted if variant.endswith("laser") else sizes.others
+            limit = sizes.items if wide else sizes.rerouted if laser else sizes.others
             if task == "mmlu":
-                limit = sizes.subject_items if wide else sizes.subject_others
+                limit = sizes.subject_items if wide else sizes.subject_rerouted if laser else sizes.subject_others
             out["acc"][variant][task] = subject.store.cell(
                 f"accuracy/{variant}/{task}",
                 subject.inputs(limit=limit),

@@ -61,7 +61,7 @@ def without(gate: Any, expert: int) -> Iterator[None]:
 
 def _reach(model: Any, batch: Batch, layer: int) -> tuple[torch.Tensor, Any]:
     """Hidden states [B, W, H] that enter the layer, and the rotary tables."""
-    x = model.model.embed_tokens(batch["input_ids"])
+    x = model.model.embed_tokens(batch["input_ids"].to(model.device))
     positions = torch.arange(x.shape[1], device=x.device)[None]
     rotary = model.model.rotary_emb(x, positions)
     for block in model.model.layers[:layer]:
@@ -75,7 +75,7 @@ def _finish(model: Any, batches: Sequence[Batch], begun: Sequence[tuple[torch.Te
         for block in model.model.layers[layer:]:
             x = block(x, position_embeddings=rotary, attention_mask=None)
         hidden = model.model.norm(x)
-        for row, ids in zip(hidden, batch["input_ids"], strict=True):
+        for row, ids in zip(hidden, batch["input_ids"].to(hidden.device), strict=True):
             logits = model.lm_head(row[:-1]).float()
             losses.append(float(torch.nn.functional.cross_entropy(logits, ids[1:])))
     return losses

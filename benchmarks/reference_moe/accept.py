@@ -204,7 +204,7 @@ def fingerprint(model: Path, *settings: object) -> str:
 
 def measured(side: str, path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """What was asked for of one model (`side`: dense or moe), each measurement kept in `arguments.out`."""
-    loaded = load_model(path, device="cpu")
+    loaded = load_model(path, device=arguments.device)
 
     def keep(name: str, measure: Callable[[], Any], *settings: object) -> Any:
         return kept(arguments.out, name, fingerprint(path, *settings), measure)
@@ -214,7 +214,7 @@ def measured(side: str, path: Path, arguments: argparse.Namespace) -> dict[str, 
 
     def removal(layer: int) -> dict[str, Any]:
         batches = held_out(loaded.tokenizer, arguments.data, arguments.removal_windows)
-        return removal_losses(load_model(path, dtype="float32", device="cpu").model, batches, layer)
+        return removal_losses(load_model(path, dtype="float32", device=arguments.device).model, batches, layer)
 
     def answers(task: str) -> dict[str, list[float]]:
         found = accuracy(loaded, [task], arguments.data, arguments.items, arguments.rows)
@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("--removal-windows", type=int, default=4, help="the same, for the removal of experts")
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 20], help="layers whose experts are removed")
     parser.add_argument("--rows", type=int, default=16, help="questions a forward pass")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these and stop there")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -81,21 +81,25 @@ def score_rows(model: Any, contexts: list[list[int]], answers: list[list[list[in
             reads.extend(row * width + position for position in before)
             targets.extend(answer)
             end = span.stop
-    seen = (own[:, :, None] == own[:, None]) | (own[:, None] == 0)
-    seen &= torch.ones(width, width, dtype=torch.bool).tril()
-    seen |= torch.eye(width, dtype=torch.bool)  # padding sees itself, so that no row of the softmax is empty
     device = model.device
-    mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)[:, None]
+    own = own.to(device)
+    seen = (own[:, :, None] == own[:, None]) | (own[:, None] == 0)
+    seen &= torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    seen |= torch.eye(width, dtype=torch.bool, device=device)  # padding sees itself: no row of the softmax is empty
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=device)
+    mask = mask.masked_fill(~seen, torch.finfo(model.dtype).min)[:, None]
     hidden = model.model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=place.to(device), use_cache=False
+        input_ids=ids.to(device), attention_mask=mask, position_ids=place.to(device), use_cache=False
     ).last_hidden_state.flatten(0, 1)
     picked, target = hidden[torch.tensor(reads, device=device)], torch.tensor(targets, device=device)
-    value, best = torch.zeros(len(targets)), torch.zeros(len(targets), dtype=torch.bool)
+    value = torch.zeros(len(targets), device=device)
+    best = torch.zeros(len(targets), dtype=torch.bool, device=device)
     for start in range(0, len(targets), 256):
         part = slice(start, start + 256)
         logp = model.lm_head(picked[part]).float().log_softmax(-1)
-        value[part] = logp.gather(1, target[part, None])[:, 0].cpu()
-        best[part] = (logp.argmax(-1) == target[part]).cpu()
+        value[part] = logp.gather(1, target[part, None])[:, 0]
+        best[part] = logp.argmax(-1) == target[part]
+    value, best = value.cpu(), best.cpu()
     flat = iter([(float(value[a:b].double().sum()), bool(best[a:b].all())) for a, b in spans])
     return [[next(flat) for _ in choices] for choices in answers]
 

@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -92,3 +94,47 @@ def test_fingerprint_follows_the_weights(tmp_path):
 def test_a_table_is_one():
     text = paper.sections.table(["task", "LIS"], [["a", "1.00"], ["b", 2]])
     assert text.splitlines() == ["| task | LIS |", "|---|---:|", "| a | 1.00 |", "| b | 2 |"]
+
+
+def test_two_runs_in_one_directory_measure_a_cell_once(tmp_path):
+    asked = []
+
+    def measure():
+        asked.append(None)
+        time.sleep(0.2)
+        return len(asked)
+
+    found = []
+    runs = [threading.Thread(target=lambda: found.append(Store(tmp_path).cell("a", {}, measure))) for _ in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert (found, len(asked)) == ([1, 1, 1], 1)
+
+
+def test_a_closed_store_only_reads(tmp_path):
+    measure, asked = counting([1])
+    arrays, made = counting([{"x": np.arange(2)}])
+    store = Store(tmp_path)
+    store.closed = True
+    assert store.cell("a", {}, measure) is None
+    with pytest.raises(InputError, match=r"does not hold b-\w+\.npz: measure first, with the same options"):
+        store.arrays("b", {}, arrays)
+    assert not asked + made
+    Store(tmp_path).cell("a", {}, measure)
+    Store(tmp_path).arrays("b", {}, arrays)
+    assert store.cell("a", {}, measure) == 1
+    assert store.arrays("b", {}, arrays)["x"].tolist() == [0, 1]
+
+
+def test_a_cell_says_what_measured_it(tmp_path):
+    first = Store(tmp_path, machine="one GPU")
+    first.cell("a", {}, lambda: 1)
+    later = Store(tmp_path, machine="another")
+    later.cell("a", {}, lambda: 1)
+    later.cell("b", {}, lambda: 2)
+    assert set(first.machines) == {"one GPU"}
+    assert later.machines["one GPU"] == first.machines["one GPU"]
+    assert set(later.machines) == {"one GPU", "another"}
+    assert later.seconds == pytest.approx(sum(later.machines.values()))

@@ -205,6 +205,7 @@ def subject(tmp_path, model):
     return SimpleNamespace(
         quick=True,
         dtype="auto",
+        device="cpu",
         moe=save_tiny(model, tmp_path / "moe"),
         store=scripts.cells.Store(tmp_path / "work"),
         inputs=lambda **more: {"model": "tiny", **more},

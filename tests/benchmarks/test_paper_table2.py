@@ -2,10 +2,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from paper_modules import template
 from script_modules import import_scripts
 
 import equipoise as eq
+from tiny import VOCAB, build
 
 paper = import_scripts("paper", "accuracy", "domains", "headline", "prompts", "subject", "table2")
 TASKS, ACCURACY, VARIANTS = paper.prompts.TASKS, paper.prompts.ACCURACY, paper.subject.VARIANTS
@@ -84,3 +86,51 @@ def test_a_float32_copy_is_planned_as_the_checkpoint_and_applied_as_itself():
     assert copy.layers == plan.layers
     kept = sum(slot.precision == "original" for layer in plan.layers for slot in layer.slots)
     assert copy.budget.plan_bytes == plan.budget.plan_bytes + 2000 * kept
+
+
+def random_prompts(number=7, seed=0):
+    draw = np.random.default_rng(seed)
+    return [draw.integers(0, VOCAB, length).tolist() for length in draw.integers(3, 30, number)]
+
+
+def balanced():
+    """A tiny Mixtral with two replicas a layer."""
+    model = build("mixtral")
+    rows = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))} for row in random_prompts()]
+    eq.apply(model, eq.plan(eq.profile(model, rows), replicas=2, budget=2.0))
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: build("mixtral"), balanced])
+def test_slot_counts_of_a_prompt_are_those_of_its_own_forward(make):
+    model, rows = make(), random_prompts(seed=1)
+    alone = paper.table2.slot_counts(model, rows, 1)
+    for number, row in enumerate(rows):
+        with eq.watch(model) as load, torch.no_grad():
+            model(input_ids=torch.tensor([row]))
+        for layer, counts in enumerate(load.slot_counts):
+            np.testing.assert_array_equal(alone[layer][number], counts)
+    for layer, counts in enumerate(paper.table2.slot_counts(model, rows, 3)):
+        np.testing.assert_array_equal(alone[layer], counts)
+
+
+def test_a_gpu_gets_more_rows_a_forward(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    store = paper.subject.Store(tmp_path / "work")
+    rows = {d: paper.subject.Subject(tmp_path, tmp_path, store, True, device=d).rows for d in ("cpu", "cuda")}
+    assert [rows["cpu"](n) for n in (1, 12, 100)] == [1, 12, 100]
+    assert [rows["cuda"](n) for n in (1, 12, 100)] == [64, 64, 100]
+
+
+def test_cells_do_not_depend_on_the_device(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    store = paper.subject.Store(tmp_path / "work")
+    cpu, cuda = (paper.subject.Subject(tmp_path, tmp_path, store, True, "bfloat16", device=d) for d in ("cpu", "cuda"))
+    assert cpu.inputs(a=1) == cuda.inputs(a=1)
+
+
+def test_the_large_form_is_as_large_as_the_full_form():
+    full, large = paper.subject.Sizes(), paper.subject.LARGE
+    assert large.items > full.items
+    assert large.subject_items > full.subject_items
+    assert (large.prompts, large.windows, large.laser_windows) == (full.prompts, full.windows, full.laser_windows)

@@ -14,7 +14,7 @@ from scipy.optimize import linprog
 
 from equipoise.errors import InputError
 from equipoise.rerouting.prices import count
-from equipoise.rerouting.selection import Rule, distribution, pools, select, select_tensors
+from equipoise.rerouting.selection import Rule, distribution, pools, select, select_on_host, select_tensors
 
 
 def skewed(tokens: int, experts: int, seed: int, sharpness: float = 1.0) -> torch.Tensor:
@@ -237,9 +237,14 @@ def test_the_compiled_form_is_the_tensor_form(case: tuple[int, int, int, int, fl
     assert torch.equal(loop.moved, tensors.moved)
     assert torch.equal(loop.load, tensors.load)
     assert (loop.tokens, loop.rerouted) == (tensors.tokens, int(tensors.rerouted))
+    host = select_on_host(scores, index, rule, **inputs)
+    assert host is not None
+    assert torch.equal(host.index, loop.index)
+    assert (host.index is index) == (loop.rerouted == 0)
+    assert (host.load.tolist(), host.tokens, host.rerouted) == (loop.load.tolist(), loop.tokens, loop.rerouted)
 
 
-@pytest.mark.parametrize("form", [select, select_tensors])
+@pytest.mark.parametrize("form", [select, select_on_host, select_tensors])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("logits", [True, False])
 def test_scores_that_are_not_numbers(form: Any, bad: float, logits: bool):
@@ -253,7 +258,7 @@ def test_scores_that_are_not_numbers(form: Any, bad: float, logits: bool):
     assert form(*inputs, real, logits=logits) is not None
 
 
-@pytest.mark.parametrize("form", [select, select_tensors])
+@pytest.mark.parametrize("form", [select, select_on_host, select_tensors])
 def test_a_class_that_is_no_expert_is_neither_given_nor_taken(form: Any):
     scores = skewed(200, 9, seed=1).log()
     index = scores.topk(1, -1).indices

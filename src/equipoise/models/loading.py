@@ -212,6 +212,11 @@ def _no_load_report() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
+def default_device() -> str:
+    """`cuda` when there is one and EQUIPOISE_DEVICE does not say `cpu`, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() and os.environ.get("EQUIPOISE_DEVICE") != "cpu" else "cpu"
+
+
 def load_model(
     name: str | Path,
     *,
@@ -224,7 +229,7 @@ def load_model(
     Args:
         name: local directory or hub id.
         dtype: as `from_pretrained`.
-        device: where to put it; None: CUDA when there is one, else the CPU.
+        device: where to put it; None: `default_device`.
         tokenizer: load the tokenizer too.
 
     Raises:
@@ -257,6 +262,4 @@ def load_model(
         some = sorted(info["missing_keys"])
         more = f" and {len(some) - 3} more" if len(some) > 3 else ""
         raise InputError(f"{source.name} is incomplete: its files lack {', '.join(some[:3])}{more}")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() and os.environ.get("EQUIPOISE_DEVICE") != "cpu" else "cpu"
-    return LoadedModel(source, model.to(device).eval(), words)
+    return LoadedModel(source, model.to(default_device() if device is None else device).eval(), words)

@@ -16,8 +16,9 @@ exchanged.
 
 Deterministic. A batch in another order gets the same decision, token by token: prices are sums over the batch, and of
 equal offers the better score is taken, of equal scores the one that comes first. As the load of the whole batch counts,
-a prompt's routing looks at its later tokens too. On the CPU one compiled call (`compiled`), elsewhere tensor operations
-without a copy to the host: one sort of [T, E], and `rounds` passes over [free tokens, pool] (`prices`).
+a prompt's routing looks at its later tokens too. On the CPU, and for batches of up to `HOST_ROWS` elsewhere, one
+compiled call (`compiled`); for more rows elsewhere tensor operations: one sort of [T, E], and `rounds` passes over
+[free tokens, pool] (`prices`).
 
 T tokens, E experts (classes of the router), k experts a token selects, P = min(k + extra, E) places of the pool.
 """
@@ -35,6 +36,9 @@ from equipoise.rerouting.prices import count, exchange
 
 FIRST_STEP = 0.2
 """Of the prices, where the gap is not less."""
+HOST_ROWS = 4096
+"""Up to so many rows an accelerator's batch is decided on the host: a copy of [T, C] and one compiled call, where
+`rounds` rounds of some twenty operations each take as long as so many launches, however few the rows."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,8 @@ def select(
         largest, so what was chosen shows every one.
     """
     if scores.device.type != "cpu":
-        return select_tensors(scores, index, rule, slots, before, real, logits=logits, experts=experts)
+        where = select_on_host if len(scores) <= HOST_ROWS else select_tensors
+        return where(scores, index, rule, slots, before, real, logits=logits, experts=experts)
     scores = scores.detach().float().contiguous()
     k = index.shape[1]
     tokens, rerouted, chosen, moved, load = compiled.decide(
@@ -195,6 +200,28 @@ def select(
         tokens,
         rerouted,
     )
+
+
+def select_on_host(
+    scores: torch.Tensor,
+    index: torch.Tensor,
+    rule: Rule,
+    slots: torch.Tensor,
+    before: torch.Tensor,
+    real: torch.Tensor | None = None,
+    *,
+    logits: bool = False,
+    experts: int = 0,
+) -> Decision | None:
+    """`select` of copies on the host; the decision is on the device of the scores again."""
+    device = scores.device
+    there = [tensor.detach().cpu() for tensor in (scores, index, slots, before)]
+    seen = None if real is None else real.cpu()
+    found = select(there[0], there[1], rule, there[2], there[3], seen, logits=logits, experts=experts)
+    if found is None:
+        return None
+    chosen = found.index.to(device) if found.rerouted else index
+    return Decision(chosen, found.moved.to(device), found.load.to(device), found.tokens, found.rerouted)
 
 
 def select_tensors(

@@ -71,7 +71,7 @@ class SlotTable:
         num_slots: S.
         precision: precision of each slot.
         pool_index: place of each slot in the pool of its precision.
-        pools: slots of each precision, in order.
+        pools: slots of each precision, in order; `original` is the first.
     """
 
     def __init__(self, layer: LayerPlan) -> None:
@@ -85,8 +85,11 @@ class SlotTable:
             pool = self.pools.setdefault(name, [])
             self.pool_index.append(len(pool))
             pool.append(s)
+        # `original` first: torch's grouped product (`kernels.grouped`) computes rows from the first on.
+        self.pools = dict(sorted(self.pools.items(), key=lambda item: item[0] != "original"))
         # Slots in the order of the pools, then the sentinel: rows sorted so are together by precision.
-        self._position = np.argsort(np.array([s for pool in self.pools.values() for s in pool] + [self.num_slots]))
+        self._in_order = np.array([s for pool in self.pools.values() for s in pool] + [self.num_slots])
+        self._position = np.argsort(self._in_order)
         by_expert: list[list[int]] = [[] for _ in range(layer.num_experts)]
         for s, slot in enumerate(layer.slots):
             by_expert[slot.expert].append(s)
@@ -108,12 +111,22 @@ class SlotTable:
 
     def _tensors(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         if device not in self._on:
-            self._on[device] = tuple(torch.from_numpy(a).to(device) for a in (*self._arrays, self._position))
+            self._on[device] = tuple(
+                torch.from_numpy(a).to(device) for a in (*self._arrays, self._position, self._in_order)
+            )
         return self._on[device]
+
+    def patterns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `assign` reads: length and offset int64 [E + 1] of the experts' slots in the pattern."""
+        return self._tensors(device)[:3]  # type: ignore[return-value]
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """Place of each slot, and of the sentinel, in the order of the pools: int64 [S + 1]."""
         return self._tensors(device)[3]
+
+    def in_order(self, device: torch.device) -> torch.Tensor:
+        """The slots in the order of the pools, the sentinel last: int64 [S + 1]."""
+        return self._tensors(device)[4]
 
     def __deepcopy__(self, memo: dict[int, object]) -> SlotTable:
         twin = SlotTable(self.layer)
@@ -176,7 +189,7 @@ class SlotTable:
             int64 [T, k] slots; S where the selection was dropped.
         """
         experts = index.reshape(-1)
-        length, offset, pattern, _ = self._tensors(experts.device)
+        length, offset, pattern = self.patterns(experts.device)
         if self.num_slots == self.num_experts:
             return pattern[offset[experts]].reshape(index.shape)
         order = torch.argsort(experts, stable=True)

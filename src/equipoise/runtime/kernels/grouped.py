@@ -1,126 +1,247 @@
-"""The forward of a balanced layer on a GPU: grouped GEMMs for 16-bit slots, int8 matmul for int8 slots, as torch ships.
+"""The forward of a balanced layer on a GPU: every slot of a precision in one grouped product, nothing read back.
 
-    rows sorted by (precision, slot) -> for each precision
-        original           one grouped GEMM over the stacked weights of its slots
-        int8               tokens quantized once before dispatch, `_int_mm` slot by slot (s8 x s8 -> s32), both scales
-        int8_weight_only   the weight decoded slot by slot, then a GEMM
-    -> weighted sum over k in one reduction
+    rows sorted by (precision, slot); where each slot's rows end, on the device
+    -> up     original          torch's grouped GEMM over the stacked weights
+              int8              tokens quantized once before dispatch, s8 x s8 -> s32, both scales (Triton)
+              int8_weight_only  16 bits x int8 decoded in registers (Triton); float16 likewise
+    -> gate   the family's own, on all rows at once
+    -> down   as up
+    -> weighted sum over k in one reduction, no atomics
 
-It works on any device torch has these products for, the CPU included, which is how it is tested here; it has not run
-on a GPU yet, and its speed there is not known. One synchronisation a layer: the rows of each slot are read back.
+All sizes of tensors and launches follow from T, k and the plan, so the host never waits for the device and a layer can
+be captured in a CUDA graph. Where Triton is missing or cannot compile, `kernels.slotwise` computes the low precisions
+slot by slot, with one synchronisation a layer. A log line says which. EQUIPOISE_CUDA_KERNELS asks for another choice:
+`triton` (the default), `triton_all` (original slots too), `torch` (no Triton).
+
+The Triton kernels are tested in Triton's interpreter, everything else on the CPU too; see docs/experiments.md for what
+has been measured on a GPU.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from equipoise.errors import InputError
 from equipoise.formats import get_format, quantize_rows
+from equipoise.models.layout import Weight
+from equipoise.runtime.kernels import slotwise
+from equipoise.runtime.kernels.slotwise import Quantized
 
 if TYPE_CHECKING:
     from equipoise.runtime.experts import Slots
 
-_LEAST = 32
-"""Rows `_int_mm` is run with: cuBLASLt wants more than 16, and a multiple of 8."""
+CHOICES = ("triton", "triton_all", "torch")
+VARIABLE = "EQUIPOISE_CUDA_KERNELS"
+_log = logging.getLogger("equipoise")
+
+
+@lru_cache
+def _capable(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def is_ready(slots: Slots, hidden: torch.Tensor) -> bool:
     """Whether this batch can take the grouped path: bfloat16 on a CUDA device of compute capability 8.0 and more."""
-    return (
-        hidden.dtype == slots.layout.dtype == torch.bfloat16
-        and hidden.is_cuda
-        and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+    return hidden.is_cuda and hidden.dtype == slots.layout.dtype == torch.bfloat16 and _capable(hidden.device)
+
+
+def choice(device: torch.device) -> tuple[str, ModuleType | None]:
+    """Which kernels run on a device, and the Triton ones.
+
+    Raises:
+        InputError: the environment variable names no choice.
+    """
+    return _choice(os.environ.get(VARIABLE, CHOICES[0]), device)
+
+
+@lru_cache
+def _choice(wanted: str, device: torch.device) -> tuple[str, ModuleType | None]:
+    if wanted not in CHOICES:
+        raise InputError(f"{VARIABLE} is {wanted!r}: it must be one of {', '.join(CHOICES)}")
+    found: ModuleType | None = None
+    if wanted != "torch":
+        try:
+            from equipoise.runtime.kernels import triton_grouped
+
+            # Triton needs a C compiler on the machine: a kernel of one row shows whether it can be had.
+            triton_grouped.quantize(torch.zeros((1, 16), dtype=torch.bfloat16, device=device))
+            found = triton_grouped
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _log.warning("Triton cannot be used on %s (%s): low precision runs slot by slot", device, reason)
+    _log.info(
+        "balanced experts on %s: %s slots by %s, low precision by %s",
+        device,
+        torch.bfloat16,
+        "Triton" if found and wanted == "triton_all" else "torch._grouped_mm",
+        "Triton" if found else "torch._int_mm, slot by slot",
     )
+    return (wanted if found else "torch"), found
 
 
 @dataclass(frozen=True)
-class _Quantized:
-    """Rows quantized before dispatch: int8 [n, in], float32 [n, 1]."""
+class Dispatch:
+    """Selections sorted by slot, in the order of the pools; dropped ones last. All on the device of the batch.
 
-    q: torch.Tensor
-    scale: torch.Tensor
+    Attributes:
+        place: [R] row of each selection.
+        tokens: [R] token of each row.
+        position: [R] slot of each row, by its number in the order of the pools; S where dropped.
+        ends: int32 [S], where the rows of each slot end.
+    """
+
+    place: torch.Tensor
+    tokens: torch.Tensor
+    position: torch.Tensor
+    ends: torch.Tensor
 
 
-def int8_linear(x: _Quantized, weight: torch.Tensor, scale: torch.Tensor, out_axis: int) -> torch.Tensor:
-    """bfloat16 [n, out] of int8 rows and one slot's int8 weight, as `formats.Int8.linear` has it."""
-    rows, width = x.q.shape
-    matrix = weight if out_axis == -2 else weight.t().contiguous()
-    pad = (-len(matrix)) % 8, (-width) % 8
-    if any(pad):  # no family has such sizes; tiny models do
-        matrix = torch.nn.functional.pad(matrix, (0, pad[1], 0, pad[0]))
-    padded = torch.nn.functional.pad(x.q, (0, pad[1], 0, max(_LEAST - rows, -rows % 8)))
-    y = torch._int_mm(padded, matrix.t())[:rows, : scale.numel()]
-    return ((y * scale.reshape(1, -1)).to(torch.bfloat16) * x.scale).to(torch.bfloat16)
+def dispatch(slots: Slots, index: torch.Tensor, kernels: ModuleType | None = None) -> Dispatch:
+    """Sort the selections int64 [T, k] of a batch; a stable sort, so rows of a slot are in the order of the batch."""
+    table = slots.table
+    device = index.device
+    if kernels is not None and index.numel() <= kernels.SMALL:
+        return Dispatch(*kernels.dispatch(index, *table.patterns(device), table.positions(device)))
+    selected = table.positions(device)[table.assign(index).reshape(-1)]
+    position, order = torch.sort(selected, stable=True)
+    numbers = torch.arange(table.num_slots, device=device)
+    ends = torch.searchsorted(position, numbers, right=True, out_int32=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=device)
+    return Dispatch(place, order // index.shape[1], position, ends)
 
 
 def forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Routed experts of one layer; see `experts.slots_forward` for arguments and result."""
-    table = slots.table
-    position = table.positions(hidden.device)[table.assign(index).reshape(-1)]
-    order = torch.argsort(position, stable=True)
-    # The sentinel comes last: dropped selections are never computed.
-    counts = torch.bincount(position, minlength=table.num_slots + 1).tolist()[:-1]
-    kept = order[: sum(counts)]
-    tokens = kept // index.shape[1]
-    quantized = _Quantized(*quantize_rows(hidden)) if "int8" in table.pools else None
-    parts = []
-    begin = first = 0
-    for precision, members in table.pools.items():
-        pool = counts[first : first + len(members)]
-        first += len(members)
-        chosen = tokens[begin : begin + sum(pool)]
-        begin += sum(pool)
-        if len(chosen):
-            x: Any = hidden[chosen]
-            if precision == "int8" and quantized is not None:
-                x = _Quantized(quantized.q[chosen], quantized.scale[chosen])
-            y, _ = slots.layout.compute(x, _linear(slots, precision, members, pool))
-            parts.append(y)
-    out = torch.zeros((index.numel(), hidden.shape[1]), dtype=torch.float32, device=hidden.device)
-    if parts:
-        out[kept] = torch.cat(parts).float() * weights.reshape(-1)[kept, None].float()
-    return out.view(*index.shape, hidden.shape[1]).sum(1).to(hidden.dtype)
+    if not index.numel():
+        return torch.zeros_like(hidden)
+    wanted, kernels = choice(hidden.device)
+    sorted_ = dispatch(slots, index, kernels)
+    y, _ = slots.layout.compute(_Tokens(hidden), _Products(slots, sorted_, wanted, kernels).linear)  # type: ignore[arg-type]
+    if kernels is not None:
+        return kernels.combine(y, weights, sorted_.place, sorted_.ends)  # type: ignore[no-any-return]
+    # Rows of dropped selections hold what was in memory, NaN perhaps: they are replaced, not multiplied by 0.
+    dropped = (sorted_.position >= slots.table.num_slots)[sorted_.place, None]
+    y = y[sorted_.place].float() * weights.reshape(-1, 1).float()
+    return y.masked_fill_(dropped, 0).view(*index.shape, -1).sum(1).to(hidden.dtype)
 
 
-def _linear(slots: Slots, precision: str, members: list[int], counts: list[int]) -> Any:
-    """The products of one pool, for `ExpertsLayout.compute`."""
+@dataclass(frozen=True)
+class _Tokens:
+    """Hidden states [T, H] that are not dispatched yet; any other input of a product is rows."""
 
-    def product(name: str, x: Any) -> torch.Tensor:
-        weight = slots.layout.weight(name)
-        stored = slots.stored(name, precision)
-        if precision == "original":
-            ends = torch.tensor(counts, device=stored.device).cumsum(0).to(torch.int32)
-            stack = stored.transpose(-2, -1) if weight.out_axis == -2 else stored
-            y = torch._grouped_mm(x, stack, offs=ends)
-        else:
-            y = torch.cat(list(_slot_by_slot(slots, name, precision, counts, x)))
+    hidden: torch.Tensor
+
+
+class _Products:
+    """The products of one layer and batch; `linear` is what the layout computes with."""
+
+    def __init__(self, slots: Slots, rows: Dispatch, wanted: str, kernels: ModuleType | None) -> None:
+        self.slots, self.rows, self.wanted, self.kernels = slots, rows, wanted, kernels
+        self._bounds: list[int] | None = None
+
+    def linear(self, name: str, x: torch.Tensor | _Tokens) -> torch.Tensor:
+        """bfloat16 [R, out] of [R, in], or of the hidden states; the bias included. Dropped rows hold anything."""
+        weight = self.slots.layout.weight(name)
+        inputs = _Inputs(x, self.rows.tokens, self.kernels)
+        width = weight.shape[weight.out_axis]
+        y: torch.Tensor | None = None
+        first = 0
+        for precision, members in self.slots.table.pools.items():
+            if precision == "original" and self.wanted != "triton_all" and _aligned(weight):
+                stored = self.slots.stored(name, precision)
+                stack = stored.transpose(-2, -1) if weight.out_axis == -2 else stored
+                # The first pool: rows behind its last slot are left as they are, for the pools that follow.
+                y = torch._grouped_mm(inputs.rows(), stack, offs=self.rows.ends[: len(members)])
+            else:
+                if y is None:
+                    y = torch.empty(
+                        (len(self.rows.tokens), width), dtype=torch.bfloat16, device=self.rows.tokens.device
+                    )
+                self._pool(weight, precision, first, members, inputs, y)
+            first += len(members)
+        if y is None:
+            raise AssertionError("a layer has at least one slot")
         if weight.bias is not None:
-            repeats = torch.tensor(counts, device=y.device)
-            y = y + slots.stored(weight.bias, "original")[members].repeat_interleave(repeats, dim=0)
+            biases = self.slots.stored(weight.bias, "original")
+            order = self.slots.table.in_order(y.device)
+            last = self.slots.table.num_slots - 1  # dropped rows get some bias too, and are never read
+            y = y + biases[order[self.rows.position.clamp(max=last)]]
         return y
 
-    return product
+    def _pool(
+        self, weight: Weight, precision: str, first: int, members: list[int], inputs: _Inputs, y: torch.Tensor
+    ) -> None:
+        """One pool, into `y`."""
+        stored = {
+            part.suffix: self.slots.stored(weight.name, precision, part.suffix)
+            for part in get_format(precision).parts(weight.shape, weight.out_axis, weight.dtype)
+        }
+        int8 = precision == "int8"
+        if self.kernels is None:
+            bounds = self._ends()[first : first + len(members) + 1]
+            x = inputs.quantized_rows() if int8 else inputs.rows()
+            slotwise.linear(x, stored, precision, weight.out_axis, bounds, y)
+            return
+        x, tokens = inputs.quantized() if int8 else inputs.plain()
+        self.kernels.linear(
+            x.q if isinstance(x, Quantized) else x,
+            stored[""],
+            y,
+            self.rows.ends,
+            first,
+            out_axis=weight.out_axis,
+            tokens=tokens,
+            x_scale=x.scale if isinstance(x, Quantized) else None,
+            scale=stored.get("_scale"),
+        )
+
+    def _ends(self) -> list[int]:
+        """0 and the ends of all slots on the host: the one synchronisation of a layer without Triton."""
+        if self._bounds is None:
+            self._bounds = [0, *self.rows.ends.tolist()]
+        return self._bounds
 
 
-def _slot_by_slot(slots: Slots, name: str, precision: str, counts: list[int], x: Any) -> Any:
-    """The rows of each slot of a pool in low precision, in order."""
-    weight, form = slots.layout.weight(name), get_format(precision)
-    stored = {
-        part.suffix: slots.stored(name, precision, part.suffix)
-        for part in form.parts(weight.shape, weight.out_axis, weight.dtype)
-    }
-    if precision == "int8" and not isinstance(x, _Quantized):
-        x = _Quantized(*quantize_rows(x))
-    begin = 0
-    for place, count in enumerate(counts):
-        if not count:
-            continue
-        rows = slice(begin, begin + count)
-        begin += count
-        if precision == "int8":
-            seen = _Quantized(x.q[rows], x.scale[rows])
-            yield int8_linear(seen, stored[""][place], stored["_scale"][place], weight.out_axis)
-        else:
-            yield form.linear(x[rows], {suffix: part[place] for suffix, part in stored.items()}, weight.out_axis)
+class _Inputs:
+    """The input of one product in the forms that its pools want, each made once."""
+
+    def __init__(self, x: torch.Tensor | _Tokens, tokens: torch.Tensor, kernels: ModuleType | None) -> None:
+        self._tokens = tokens if isinstance(x, _Tokens) else None
+        self._x = x.hidden if isinstance(x, _Tokens) else x
+        self._quantize: Any = quantize_rows if kernels is None else kernels.quantize
+        self._rows: torch.Tensor | None = None
+        self._quantized: Quantized | None = None
+
+    def plain(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Input, and the row of it that each row reads (None: its own)."""
+        return self._x, self._tokens
+
+    def quantized(self) -> tuple[Quantized, torch.Tensor | None]:
+        """As `plain`, rounded to int8."""
+        if self._quantized is None:
+            self._quantized = Quantized(*self._quantize(self._x))
+        return self._quantized, self._tokens
+
+    def rows(self) -> torch.Tensor:
+        """[R, in]."""
+        if self._rows is None:
+            self._rows = self._x.contiguous() if self._tokens is None else self._x.index_select(0, self._tokens)
+        return self._rows
+
+    def quantized_rows(self) -> Quantized:
+        """[R, in] rounded to int8."""
+        found, tokens = self.quantized()
+        return found if tokens is None else found.take(tokens)
+
+
+def _aligned(weight: Weight) -> bool:
+    """Whether torch's grouped product takes a 16-bit weight: rows of both operands begin at multiples of 16 bytes."""
+    return all(size % 8 == 0 for size in weight.shape)
