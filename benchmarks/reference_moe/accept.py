@@ -45,23 +45,13 @@ LENGTH = 256
 PARTS = ("accuracy", "text", "removal")
 
 
-def held_out(tokenizer: Any, directory: Path, windows: int, tokens: Path | None = None) -> list[Batch]:
-    """One batch of `windows` windows for each domain, from documents that training never saw.
-
-    Args:
-        tokenizer: of the model.
-        directory: of the text files.
-        windows: of a domain.
-        tokens: tokens.npz of train.py, which has the same text; the text files are not read then.
-    """
-    if tokens is None:
-        texts = {domain: data.tokenized(directory, tokenizer, domain, True) for domain in data.DOMAINS}
-    else:
-        with np.load(tokens, allow_pickle=False) as file:
-            texts = {domain: file[f"{domain}.held"].astype(np.int32) for domain in data.DOMAINS}
+def held_out(tokenizer: Any, directory: Path, windows: int) -> list[Batch]:
+    """One batch of `windows` windows for each domain, from documents that training never saw."""
     out = []
-    for domain, text in texts.items():
-        ids = torch.from_numpy(data.held_out_windows(text, LENGTH, windows))
+    for domain in data.DOMAINS:
+        ids = torch.from_numpy(
+            data.held_out_windows(data.tokenized(directory, tokenizer, domain, True), LENGTH, windows)
+        )
         out.append(Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, (domain,) * len(ids)))
     return out
 
@@ -220,10 +210,10 @@ def measured(side: str, path: Path, arguments: argparse.Namespace) -> dict[str, 
         return kept(arguments.out, name, fingerprint(path, *settings), measure)
 
     def text() -> dict[str, Any]:
-        return scored(loaded.model, held_out(loaded.tokenizer, arguments.data, arguments.windows, arguments.tokens))
+        return scored(loaded.model, held_out(loaded.tokenizer, arguments.data, arguments.windows))
 
     def removal(layer: int) -> dict[str, Any]:
-        batches = held_out(loaded.tokenizer, arguments.data, arguments.removal_windows, arguments.tokens)
+        batches = held_out(loaded.tokenizer, arguments.data, arguments.removal_windows)
         return removal_losses(load_model(path, dtype="float32", device=arguments.device).model, batches, layer)
 
     def answers(task: str) -> dict[str, list[float]]:
@@ -248,7 +238,6 @@ def main() -> None:
     parser.add_argument("--moe", type=Path, help="the reference model (without it: only the dense model's half)")
     parser.add_argument("--dense", type=Path, required=True, help="build.py --dense-out")
     parser.add_argument("--data", type=Path, required=True, help="directory of the text and task files")
-    parser.add_argument("--tokens", type=Path, help="tokens.npz of train.py, to read text from instead")
     parser.add_argument("--out", type=Path, required=True, help="keeps each measurement, and accepted.json")
     parser.add_argument("--items", type=int, default=1000, help="first items of a task (0 = all)")
     parser.add_argument("--windows", type=int, default=24, help="held-out windows a domain")

@@ -34,6 +34,7 @@ from equipoise.errors import InputError
 DOMAINS = ("fiction", "wikipedia", "legal", "code", "biomedical", "maths", "web")
 STREAMS = (*DOMAINS, "questions")
 END_OF_TEXT = 0
+TOKENS = "tokens.npz"
 EXCERPTS, EXCERPT = 4, 30_000
 """Of a novel: how many excerpts, and their length in characters."""
 
@@ -111,7 +112,17 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, bool | None]]]] = {
 
 
 def tokenized(directory: Path, tokenizer: Any, stream: str, held_out: bool) -> Tokens:
-    """One part of a stream, its documents joined by the end-of-text token: int32 [tokens]."""
+    """One part of a stream, its documents joined by the end-of-text token: int32 [tokens].
+
+    Args:
+        directory: of the text files; or of a tokens.npz of train.py, which holds the same and is read then.
+        tokenizer: of the model.
+        stream: of `STREAMS`.
+        held_out: the documents that training never saw, or the others.
+    """
+    if (directory / TOKENS).exists():
+        with np.load(directory / TOKENS, allow_pickle=False) as file:
+            return np.asarray(file[f"{stream}.{'held' if held_out else 'train'}"].astype(np.int32))
     parts: list[int] = []
     for text, held in documents(directory, stream):
         if held == held_out:

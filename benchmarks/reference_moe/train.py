@@ -72,7 +72,7 @@ def prepare(
         options: of the run.
         samples: the dense model's samples too.
     """
-    tokens, own = work / "tokens.npz", work / "own.npy"
+    tokens, own = work / data.TOKENS, work / "own.npy"
     if not tokens.exists():
         parts = {
             f"{stream}.{'held' if held else 'train'}": data.tokenized(directory, tokenizer, stream, held)

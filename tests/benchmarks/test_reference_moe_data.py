@@ -48,6 +48,20 @@ def test_missing_text_is_said_in_one_line(tmp_path):
         data.documents(tmp_path, "legal")
 
 
+def test_tokens_of_training_stand_for_the_text(tmp_path):
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": [len(word) for word in text.split()]}
+
+    write(tmp_path, "text_contracts", [{"text": "word " * n} for n in range(1, 21)])
+    read = {held: data.tokenized(tmp_path, tokenizer, "legal", held) for held in (False, True)}
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    np.savez(kept / data.TOKENS, **{"legal.train": read[False], "legal.held": read[True]})
+    for held in (False, True):
+        assert data.tokenized(kept, None, "legal", held).tolist() == read[held].tolist()
+    assert len(read[True]) < len(read[False])
+
+
 @settings(max_examples=30, deadline=None)
 @given(size=st.integers(24, 300), length=st.integers(2, 12), seed=st.integers(0, 9))
 def test_each_pass_over_a_stream_takes_every_piece_once(size, length, seed):
