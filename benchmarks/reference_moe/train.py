@@ -269,12 +269,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the frozen weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--prepare", action="store_true", help="tokens and start only, no samples, no training")
+    parser.add_argument("--validate-seconds", type=float, default=Options.validate_seconds, help="between two looks")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     options = Options(
         minutes=arguments.minutes, steps=arguments.steps, scale=arguments.scale, own_passes=arguments.own_passes,
-        drop=arguments.drop,
+        drop=arguments.drop, validate_seconds=arguments.validate_seconds,
     )  # fmt: skip
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
