@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -101,7 +102,10 @@ class Store:
         document: dict[str, Any] = {"name": name, "inputs": inputs, "machine": self.machine}
         try:
             document["value"] = measure()
-        except (InputError, RuntimeError, MemoryError, OSError) as error:
+        except Exception as error:
+            # Whatever it is, the other cells can still be measured.
+            if not isinstance(error, InputError):
+                traceback.print_exc()
             self.failed[name] = document["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             console.note(f"  {name} could not be run: {document['error']}")
         document["seconds"] = time.perf_counter() - began

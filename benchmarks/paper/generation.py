@@ -26,11 +26,12 @@ WRITTEN = {"bleu": "code", "rouge": "questions"}
 """Metric -> answers it is computed from."""
 
 
-def sizes(quick: bool) -> dict[str, int]:
+def sizes(quick: bool, large: bool = False) -> dict[str, int]:
     """Items of each task, characters of an article, and new tokens of an answer."""
     if quick:
         return {"articles": 6, "characters": 300, "functions": 6, "questions": 6, "most": 12}
-    return {"articles": 60, "characters": 300, "functions": 60, "questions": 60, "most": 20}
+    number = 240 if large else 60
+    return {"articles": 60, "characters": 300, "functions": number, "questions": number, "most": 20}
 
 
 def measure(subject: Any) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def measure(subject: Any) -> dict[str, Any]:
     Args:
         subject: `subject.Subject`.
     """
-    size = sizes(subject.quick)
+    size = sizes(subject.quick, subject.large)
     texts = tasks.articles(subject.data, size["articles"], size["characters"])
     functions = tasks.functions(subject.data, subject.tokenizer, size["functions"])
     questions = tasks.questions(subject.data, size["questions"])

@@ -73,6 +73,10 @@ class Part:
     code: tuple[ModuleType, ...] = ()
     cells: tuple[str, ...] = ()
 
+    def is_asked(self, name: str, only: Sequence[str]) -> bool:
+        """Whether some cell of the section is among those to measure; `name` is the section's."""
+        return not only or any(one.split("/")[0] in (self.cells or (name,)) for one in only)
+
 
 def parts(subject: Subject, trace_files: Path, work: Path) -> dict[str, Part]:
     """Every section by name, in the order of the document."""
@@ -128,6 +132,7 @@ def main() -> int:
     parser.add_argument("--large", action="store_true", help="13,000 documents for accuracy: for a GPU")
     parser.add_argument("--share", type=float, default=1.0, help="of the full form's documents, for slow machines")
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="measure these sections only")
+    parser.add_argument("--no-document", action="store_true", help="measure only: beside other runs of --work")
     parser.add_argument("--fresh", action="store_true", help="measure anew what is kept")
     parser.add_argument("--render", action="store_true", help="measure nothing, write what is kept")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="to compute on (default: cuda where there is one)")
@@ -155,36 +160,40 @@ def main() -> int:
     known = parts(subject, arguments.traces, arguments.work)
     store.only = selected(arguments.only or (), known)
     out = arguments.out or (arguments.work / "results.md" if arguments.quick else Path("docs/results.md"))
-    folder = out.parent / PICTURES
-    folder.mkdir(parents=True, exist_ok=True)
-    values: dict[str, Any] = {}
-    chapters: list[Section] = []
-    for name, part in known.items():
-        if part.cells:
-            values[name] = part.measure()
-        else:
-            values[name] = store.cell(name, subject.inputs(**part.inputs), part.measure, [part.module, *part.code])
-        if values[name] is None:
-            why = store.failed.get(name, "not measured in this run")
-            chapters.append(Section(name.capitalize(), f"Not run: {why}."))
-        else:
-            chapters.append(part.module.section(values[name], folder, arguments.quick))
-    chapters.insert(0, headline.section(values))
-    document.write(out, chapters, _command(arguments), _about(arguments, subject, store), store.failed)
-    console.note(f"written: {out}, pictures in {folder}")
+    asked = [name for name, part in known.items() if not arguments.no_document or part.is_asked(name, store.only)]
+    values = {name: _value(name, known[name], subject) for name in asked}
+    if not arguments.no_document:
+        folder = out.parent / PICTURES
+        folder.mkdir(parents=True, exist_ok=True)
+        chapters = [headline.section(values)]
+        for name, part in known.items():
+            if values[name] is None:
+                why = store.failed.get(name, "not measured in this run")
+                chapters.append(Section(name.capitalize(), f"Not run: {why}."))
+            else:
+                chapters.append(part.module.section(values[name], folder, arguments.quick))
+        document.write(out, chapters, _command(arguments), _about(arguments, subject, store), store.failed)
+        console.note(f"written: {out}, pictures in {folder}")
     console.last_line(
         {
-            "out": str(out),
+            "out": None if arguments.no_document else str(out),
             "cells_measured": store.measured,
             "cells_kept": store.read,
             "failed": store.failed,
             "seconds": time.perf_counter() - began,
             "measured_seconds": store.seconds,
-            "bars": headline.bars(values),
+            "bars": None if arguments.no_document else headline.bars(values),
             **made_with(),
         }
     )
     return 1 if store.failed else 0
+
+
+def _value(name: str, part: Part, subject: Subject) -> Any:
+    """What a section's text is written from; None where it is not kept."""
+    if part.cells:
+        return part.measure()
+    return subject.store.cell(name, subject.inputs(**part.inputs), part.measure, [part.module, *part.code])
 
 
 def _command(arguments: argparse.Namespace) -> str:
