@@ -16,8 +16,8 @@ exchanged.
 
 Deterministic. A batch in another order gets the same decision, token by token: prices are sums over the batch, and of
 equal offers the better score is taken, of equal scores the one that comes first. As the load of the whole batch counts,
-a prompt's routing looks at its later tokens too. On the CPU one compiled call (`compiled`), elsewhere tensor operations
-without a copy to the host: one sort of [T, E], and `rounds` passes over [free tokens, pool] (`prices`).
+a prompt's routing looks at its later tokens too. On the CPU one compiled call (`compiled`), elsewhere tensor
+operations: one sort of [T, E], `rounds` passes over [free tokens, pool] (`prices`), two or three numbers read back.
 
 T tokens, E experts (classes of the router), k experts a token selects, P = min(k + extra, E) places of the pool.
 """
