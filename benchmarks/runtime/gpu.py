@@ -223,7 +223,7 @@ def on_device(loaded: LoadedModel, rows: int, length: int, count: int, device: t
     return [{k: v.to(device) for k, v in b.items()} for b in text_batches(loaded, rows, length, count)]
 
 
-def added(run: Run, loaded: LoadedModel, model: Any, rule: Rule | None, pairs: int = 11) -> dict[str, dict[str, float]]:
+def added(run: Run, loaded: LoadedModel, model: Any, rule: Rule | None, pairs: int = 7) -> dict[str, dict[str, float]]:
     """What `watch`, or LASER with one rule in every layer, adds to a prefill of 512 tokens and to decoding."""
 
     def inside() -> AbstractContextManager[Any]:
@@ -268,7 +268,7 @@ def note(what: str, rows: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shapes", default="e64,e8,demo", help="of blocks; empty: none")
+    parser.add_argument("--shapes", default="e64,e8,demo", help="of blocks, the first before the model; empty: none")
     parser.add_argument("--rows", default="1,8,64,512", help="T of blocks")
     parser.add_argument("--layers", type=int, default=8, help="of the model; 0: no model")
     parser.add_argument("--hidden", type=int, default=1024, help="of the model; intermediate is half of it")
@@ -285,11 +285,17 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
     run = Run(device, arguments.seconds, arguments.out)
     console.note(f"{run.found['device']}, kernels: {run.found['kernels']}")
-    for name in names:
-        if run.may(f"block {name}"):
-            block(run, name, SHAPES[name], [int(t) for t in arguments.rows.split(",")])
+    rows = [int(t) for t in arguments.rows.split(",")]
+
+    def blocks(some: list[str]) -> None:
+        for name in some:
+            if run.may(f"block {name}"):
+                block(run, name, SHAPES[name], rows)
+
+    blocks(names[:1])
     if arguments.layers and run.may("whole model"):
         whole(run, Sizes(hidden=arguments.hidden, intermediate=arguments.hidden // 2, layers=arguments.layers))
+    blocks(names[1:])
     run.keep()
     text = document(console.plain(run.found))
     console.note(text)

@@ -116,7 +116,7 @@ FORMS = ("int8", "int8_weight_only", "original", "float16")
     [([1], 64, 256), ([0, 5, 0, 33, 1], 96, 32), ([40, 0, 70], 128, 128), ([130, 300, 0], 136, 72), ([0, 0], 16, 16)],
 )
 def test_a_pool_of_slots(kernels: Any, precision: str, out_axis: int, counts: list[int], n: int, k: int):
-    for gather in (False, True):
+    for gather in (False, True) if INTERPRETED else (len(counts) % 2 == 0,):  # on a GPU each is compiled
         check_linear(kernels, precision, counts, n, k, out_axis, gather, seed=5)
 
 
