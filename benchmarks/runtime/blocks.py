@@ -74,7 +74,7 @@ SHAPES = {
 }
 
 
-def one_layer(shape: Shape) -> Any:
+def one_layer(shape: Shape, device: torch.device | str = "cpu") -> Any:
     """A transformers model of one layer with random experts, bf16; the rest of it is as small as it can be."""
     kind, config = {"olmoe": (OlmoeForCausalLM, OlmoeConfig), "mixtral": (MixtralForCausalLM, MixtralConfig)}[
         shape.family
@@ -96,8 +96,8 @@ def one_layer(shape: Shape) -> Any:
                 **heads,
             )
         )
-    model = model.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
-    draw = torch.Generator().manual_seed(0)
+    model = model.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
+    draw = torch.Generator(device).manual_seed(0)
     module = experts_of(model)
     for weight in (module.gate_up_proj, module.down_proj):
         weight.normal_(0, weight.shape[-1] ** -0.5, generator=draw)
@@ -109,10 +109,12 @@ def experts_of(model: Any) -> Any:
     return model.model.layers[0].mlp.experts
 
 
-def routing(shape: Shape, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def routing(shape: Shape, rows: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states [T, H] bf16, experts int64 [T, k] (skewed, none twice in a row), weights [T, k] summing to 1."""
     draw = torch.Generator().manual_seed(1)
     taste = 0.6 * torch.randn(shape.experts, generator=draw)
+    if seed != 1:  # other tokens of the same taste
+        draw = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, shape.hidden, generator=draw).to(torch.bfloat16)
     noise = -torch.log(-torch.log(torch.rand(rows, shape.experts, generator=draw).clamp_(1e-9, 1 - 1e-7)))
     score, index = (taste + noise).topk(shape.top_k)
@@ -146,7 +148,7 @@ def variants(shape: Shape, model: Any) -> Iterator[tuple[str, Any]]:
 
 def reference(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The block in float32 from the module's own weights: [T, H]."""
-    out = torch.zeros(hidden.shape, dtype=torch.float32)
+    out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     for e in index.unique().tolist():
         row, place = torch.where(index == e)
         gate, up = (hidden[row].float() @ module.gate_up_proj[e].float().T).chunk(2, -1)
@@ -157,7 +159,8 @@ def reference(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: t
 
 def errors(shape: Shape, model: Any, modules: Mapping[str, Any]) -> dict[str, float]:
     """Relative error of each variant on 64 tokens."""
-    hidden, index, weights = routing(shape, 64)
+    device = experts_of(model).down_proj.device
+    hidden, index, weights = (x.to(device) for x in routing(shape, 64))
     wanted = reference(experts_of(model), hidden, index, weights)
     found = {}
     for name, module in modules.items():

@@ -87,8 +87,8 @@ def olmoe_like(directory: Path | None = None, sizes: Sizes | None = None) -> Pat
 
 
 @torch.no_grad()
-def random_model(sizes: Sizes, vocabulary: int) -> OlmoeForCausalLM:
-    """The model in memory, bf16."""
+def random_model(sizes: Sizes, vocabulary: int, device: torch.device | str = "cpu") -> OlmoeForCausalLM:
+    """The model in memory, bf16; another device draws other numbers."""
     config = OlmoeConfig(
         vocab_size=vocabulary,
         hidden_size=sizes.hidden,
@@ -104,7 +104,8 @@ def random_model(sizes: Sizes, vocabulary: int) -> OlmoeForCausalLM:
         eos_token_id=2,
         dtype="bfloat16",
     )
-    with torch.random.fork_rng(devices=[]):
+    gpus = [] if torch.device(device).type == "cpu" else [torch.device(device)]
+    with torch.random.fork_rng(devices=gpus), torch.device(device):
         torch.manual_seed(sizes.seed)
         model = OlmoeForCausalLM._from_config(config, dtype=torch.bfloat16)
         hidden = sizes.hidden

@@ -104,6 +104,8 @@ class Decoder:
         at = self.cache.get_seq_length()
         for step in range(at, at + CHUNK):
             self.model(input_ids=self.ids[:, step : step + 1], past_key_values=self.cache, use_cache=True)
+        if self.ids.is_cuda:
+            torch.cuda.synchronize(self.ids.device)
 
 
 def decode_times(models: dict[str, Any], ids: torch.Tensor, passes: int) -> dict[str, list[float]]:

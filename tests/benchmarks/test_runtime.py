@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +24,7 @@ from equipoise.runtime import expert_bytes
 from equipoise.types import Slot
 
 HERE = Path(__file__).parents[2] / "benchmarks" / "runtime"
-NAMES = ("timing", "plans", "model", "blocks", "whole", "loading", "report", "run")
+NAMES = ("timing", "plans", "model", "blocks", "whole", "loading", "report", "run", "gpu_report", "gpu")
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +193,49 @@ def test_wrong_input_is_one_line(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_kernels_are_asked_for_inside_the_block(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(bench.gpu.VARIABLE, raising=False)
+    with bench.gpu.kernels("torch"):
+        assert os.environ[bench.gpu.VARIABLE] == "torch"
+        with bench.gpu.kernels("triton_all"), bench.gpu.kernels(None):
+            assert os.environ[bench.gpu.VARIABLE] == "triton_all"
+        assert os.environ[bench.gpu.VARIABLE] == "torch"
+    assert bench.gpu.VARIABLE not in os.environ
+
+
+def test_what_a_context_adds_is_measured_inside_it(bench: SimpleNamespace):
+    inside = []
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    found = bench.gpu.paired(context, lambda: time.sleep(0.004 if inside else 0.002), pairs=3)
+    assert found["pairs"] == 3
+    assert 0.3 < found["min"] <= found["cost"] <= found["max"]
+
+
+@torch.no_grad()
+def test_a_time_box_names_what_it_leaves_out(bench: SimpleNamespace, tmp_path: Path):
+    run = bench.gpu.Run(torch.device("cpu"), 1000.0, tmp_path)
+    bench.gpu.block(run, "tiny", bench.blocks.SHAPES["tiny"], [1])
+    run.limit = 0.0
+    assert not run.may("block e8")
+    run.keep()
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert {"eager", "batched_mm", "grouped_mm", "bf16", "int8_25", "int8"} <= set(kept["blocks"]["tiny"]["times"]["1"])
+    text = bench.gpu_report.document(kept)
+    assert "# Runtime on CPU" in text
+    assert "Left out, no time: block e8." in text
+    assert f"{kept['blocks']['tiny']['errors']['int8']:.4f}" in text
+
+
+def test_more_routings_have_the_same_taste(bench: SimpleNamespace):
+    shape = bench.blocks.SHAPES["e64"]
+    loads = [torch.bincount(bench.blocks.routing(shape, 512, seed)[1].flatten(), minlength=64) for seed in (1, 2)]
+    assert not torch.equal(*loads)
+    assert torch.corrcoef(torch.stack(loads).float())[0, 1] > 0.5

@@ -32,7 +32,7 @@ Ids = npt.NDArray[np.int64]
 def text_tokens(batch: Batch) -> IntArray:
     """int64 [B] tokens of each row that are no padding, those of encoder and decoder together."""
     masks = [batch[key] for key in ("attention_mask", "decoder_attention_mask") if key in batch]
-    return torch.stack([mask.sum(1) for mask in masks]).sum(0).numpy().astype(np.int64)
+    return torch.stack([mask.sum(1) for mask in masks]).sum(0).cpu().numpy().astype(np.int64)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Packing the slots of a model for the CPU it is on, once, when the model has got them.
 
 A weight is packed where its dtype has matrix instructions on this processor and the model computes in bfloat16;
-elsewhere it stays a plain tensor and the plain path runs. One log line says which.
+elsewhere it stays a plain tensor, for the plain path or (on a GPU) the grouped one. A log line says which.
 """
 
 from __future__ import annotations
@@ -48,13 +48,21 @@ def pack_layers(layers: list[MoELayer]) -> int:
     slots = sum(hasattr(layer.experts, "equipoise_slots") for layer in layers)
     if packed:
         _log.info("experts of %d of %d layers packed for oneDNN (%s)", packed, len(layers), instructions())
-    if slots > packed:
+    on_gpu = sum(_on_gpu(layer) for layer in layers)
+    if on_gpu:
+        _log.info("experts of %d of %d layers are on a GPU: grouped products for bfloat16", on_gpu, len(layers))
+    if slots > packed + on_gpu:
         _log.info(
             "experts of %d layers run in plain operations: packed weights need a bfloat16 model on a CPU with AVX512 "
             "or AMX matrix instructions",
-            slots - packed,
+            slots - packed - on_gpu,
         )
     return packed
+
+
+def _on_gpu(layer: MoELayer) -> bool:
+    balanced = hasattr(layer.experts, "equipoise_slots")
+    return balanced and any(parameter.is_cuda for parameter in layer.experts.parameters())
 
 
 def leave_file(model: nn.Module) -> None:

@@ -204,7 +204,10 @@ def sizes(rows: int, slots: int, k: int, int8: bool) -> dict[str, int]:
         block = {"BM": 64, "BN": 128, "BK": 128 if int8 else 64, "num_warps": 4, "num_stages": 4}
     else:
         block = {"BM": 128, "BN": 128, "BK": 128 if int8 else 64, "num_warps": 8, "num_stages": 3}
-    return block | {"BK": min(block["BK"], max(32, triton.next_power_of_2(k)))}
+    step = min(block["BK"], max(32, triton.next_power_of_2(k)))
+    while k % step and step > 64:  # a size that divides k needs no mask
+        step //= 2
+    return block | {"BK": step}
 
 
 def linear(
@@ -245,7 +248,7 @@ def linear(
             x, x if tokens is None else tokens, x if x_scale is None else x_scale, weight,
             x if scale is None else scale, out, ends, first, slots, n, k,
             x.stride(0), weight.stride(0), stride_n, stride_k, out.stride(0),
-            S=max(16, triton.next_power_of_2(slots)), INT8=x_scale is not None, SCALED=scale is not None,
+            S=max(64, triton.next_power_of_2(slots)), INT8=x_scale is not None, SCALED=scale is not None,
             GATHER=tokens is not None, EVEN_N=n % block["BN"] == 0, EVEN_K=k % block["BK"] == 0, **block,
         )  # fmt: skip
 
