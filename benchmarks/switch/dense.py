@@ -1,9 +1,8 @@
 """All experts of a layer in two products, for training on an accelerator.
 
 transformers calls one expert after the other and asks the device which of them have tokens. In a model this small a
-step is then a queue of tiny kernels with waits between them: of about 1,900 operations of a forward and backward pass
-with 8 experts more than half belong to that loop. Here every token goes through every expert and a mask leaves the
-one that was chosen:
+step is then a queue of tiny kernels with a wait for the device in each sparse layer. Here every token goes through
+every expert and a mask leaves the one that was chosen:
 
     y_t = sum_e  m_te  W2_e  act(W1_e x_t)         m_te = gate of t if t goes to e, else 0
 

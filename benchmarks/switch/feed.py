@@ -6,8 +6,8 @@
                  (QUESTIONS + SENTENCES) scale = 12 scale rows, padded as the task pads them
 
 Windows are those of `text.training_window`, number by number; spans and deletions are drawn for a step as a whole,
-so each is a pure function of (seed, step, scale) but not that of `scale` small steps. One window at a time took 9 ms
-for the 22 windows of a step, which an accelerator would wait for.
+so each is a pure function of (seed, step, scale) but not that of `scale` small steps. Made one window at a time, as
+mixture.py's `batches` does, they would be what the device waits for.
 """
 
 from __future__ import annotations
