@@ -176,7 +176,7 @@ def commands(arguments: argparse.Namespace, models: Sequence[int]) -> dict[str, 
     shared += ["--quick"] if arguments.quick else []
     shared += [] if arguments.pairs is None else ["--pairs", str(arguments.pairs)]
     out = {}
-    order = [finetune.KEPT, *(name for name in ROWS[::-1] if name not in (finetune.KEPT, ON_FULL))]
+    order = [*(how.name for how in strategies.STRATEGIES), "R&Q", "Original"]
     for name in order:
         for experts in sorted(models, reverse=True):
             asked = [name, ON_FULL] if name == finetune.KEPT else [name]
