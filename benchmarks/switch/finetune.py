@@ -17,11 +17,12 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import artifact
+import devices
 import numpy as np
 import strategies
 import task
@@ -48,6 +49,7 @@ class Options:
         pairs: training pairs at most, spread evenly over the dev file (0 = all 140). 64 keep the whole table within
             a few minutes of one thread; the number of epochs is the paper's.
         questions: test questions at most, spread evenly (0 = all 243).
+        device: of training and answering, `cpu` or `cuda`.
     """
 
     lr: float = 5e-5
@@ -57,10 +59,21 @@ class Options:
     pairs: int = 64
     questions: int = 0
     seed: int = 20261125
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.pairs < 0:
+            raise InputError(f"--pairs {self.pairs}: give a number of training pairs, or 0 for all of them")
 
 
 QUICK = Options(epochs=2, pairs=24, questions=24)
 """Enough to see that everything runs."""
+
+
+def options_of(quick: bool, pairs: int | None, device: str) -> Options:
+    """Options of a command line; `pairs` None: as many as there are by default."""
+    options = replace(QUICK if quick else Options(), device=devices.device_of(device).type)
+    return options if pairs is None else replace(options, pairs=pairs)
 
 
 @dataclass(frozen=True)
@@ -138,8 +151,8 @@ def tune(model: Any, how: strategies.Strategy, work: Task, tokenizer: Any, optio
             if parameter.requires_grad:
                 trained.add(name)
         questions, answers = zip(*(work.pairs[i] for i in chosen), strict=True)
-        batch = task.inputs_of(questions, tokenizer)
-        out = model(**batch, labels=task.targets_of(answers, tokenizer), output_router_logits=True)
+        batch = {**task.inputs_of(questions, tokenizer), "labels": task.targets_of(answers, tokenizer)}
+        out = model(**devices.moved(batch, model.device), output_router_logits=True)
         out.loss.backward()
         optimizer.step()  # what has no gradient is left alone, weight decay included
         optimizer.zero_grad()
@@ -155,12 +168,13 @@ def tune(model: Any, how: strategies.Strategy, work: Task, tokenizer: Any, optio
 
 
 def key(path: Path, work: Task, options: Options, what: str) -> str:
-    """Hash over everything a result depends on, 12 hexadecimal digits."""
+    """Hash over everything a result depends on, 12 hexadecimal digits. The processor is not named, as it was not."""
+    chosen = {name: value for name, value in asdict(options).items() if (name, value) != ("device", "cpu")}
     said = {
         "weights": hashlib.sha256(path.read_bytes()).hexdigest(),
         "tokenizer": hashlib.sha256(text.TOKENIZER.read_bytes()).hexdigest(),
         "train": work.pairs, "test": [[q.text, q.answers] for q in work.test],
-        "options": asdict(options), "what": what, "lengths": [task.INPUT, task.TARGET, task.ROWS, task.NO_REPEAT],
+        "options": chosen, "what": what, "lengths": [task.INPUT, task.TARGET, task.ROWS, task.NO_REPEAT],
         "versions": [torch.__version__, transformers.__version__],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
@@ -195,11 +209,11 @@ def fine_tuned(
     name = f"{path.stem}-{how.name.replace(' ', '-').replace('%', 'percent')}-{hashed}"
 
     def make() -> Measured:
-        model, _ = original(path)
+        model = original(path)[0].to(options.device)
         about = tune(model, how, found, tokenizer, options)
         if how.name == KEPT:
             with atomic_file(work / f"{name}.safetensors") as partial:
-                save_file({k: v.detach() for k, v in model.named_parameters()}, partial)
+                save_file({k: v.detach().cpu() for k, v in model.named_parameters()}, partial)
         return measure(model, found, tokenizer, about)
 
     return cached(work, name, make)
@@ -217,7 +231,7 @@ def fully_fine_tuned(path: Path, found: Task, tokenizer: Any, options: Options, 
         named = dict(model.named_parameters())
         for name, weight in load_file(kept).items():
             named[name].copy_(weight)
-    return model
+    return model.to(options.device)
 
 
 def main() -> None:
@@ -227,11 +241,13 @@ def main() -> None:
     parser.add_argument("--experts", type=int, choices=EXPERTS, default=8)
     parser.add_argument("--strategy", required=True, help=", ".join(s.name for s in strategies.STRATEGIES))
     parser.add_argument("--quick", action="store_true", help="24 pairs, 24 questions, two epochs")
+    parser.add_argument("--pairs", type=int, help="training pairs at most, 0 for all (default: 64, quick 24)")
+    parser.add_argument("--device", choices=devices.NAMES, default=Options.device)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     how = strategies.strategy(arguments.strategy)
-    options = QUICK if arguments.quick else Options()
+    options = options_of(arguments.quick, arguments.pairs, arguments.device)
     found = read_task(arguments.data, options)
     path = artifact.path_of(arguments.experts)
     result = fine_tuned(path, how, found, text.load_tokenizer(), options, arguments.work)

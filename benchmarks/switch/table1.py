@@ -1,11 +1,15 @@
 """R&Q's Table 1 on the small Switch Transformers: fine-tuning strategies against no fine-tuning at all and R&Q.
 
     python benchmarks/switch/table1.py --work DIR [--data ../shared/data] [--quick] [--experts 8] --json FILE
+    python benchmarks/switch/table1.py --work DIR --json FILE --jobs 16 [--pairs 0] [--device cuda]
 
 Rows a model: Original, the eight strategies, R&Q on the original and on the fully fine-tuned model. LIS is the mean
 over the four sparse layers on the test pairs (for R&Q the maximum runs over slots); F1 is in points. Changes are
 against the Original of the same model, with 95 % intervals: of F1 a paired t interval over questions, of LIS a paired
 bootstrap over windows of eight pairs. Everything is kept in the work directory, so a second run takes seconds.
+
+With `--jobs N` rows are made by N processes at a time (this script with `--row NAME`), one thread each. When some fail,
+each is named on a line of its own, what the others made is kept, and the exit code is 1; run again for the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from typing import Any
 
 import artifact
 import balanced
+import devices
 import finetune
+import jobs
 import numpy as np
 import strategies
 import task
@@ -37,8 +43,6 @@ from equipoise.types import FloatArray, IntArray
 
 DATA = Path("../shared/data")
 DRAWS = 2000
-BALANCED = {"R&Q": "Original", f"{finetune.KEPT} + R&Q": finetune.KEPT}
-"""Rows made by R&Q, and what it was applied to."""
 
 
 def layer_lis(found: finetune.Measured, experts: int, weights: IntArray | None = None) -> FloatArray:
@@ -66,10 +70,17 @@ def lis_interval(before: finetune.Measured, after: finetune.Measured, experts: i
     return float(low), float(high)
 
 
+ON_FULL = f"{finetune.KEPT} + R&Q"
+ROWS = ("Original", *(how.name for how in strategies.STRATEGIES), "R&Q", ON_FULL)
+"""Rows of a model, in the order of the table."""
+BALANCED = {"R&Q": "Original", ON_FULL: finetune.KEPT}
+"""Rows made by R&Q, and what it was applied to."""
+
+
 def measured(
-    path: Path, found: finetune.Task, tokenizer: Any, options: finetune.Options, work: Path
+    path: Path, found: finetune.Task, tokenizer: Any, options: finetune.Options, work: Path, only: Sequence[str] = ROWS
 ) -> dict[str, finetune.Measured]:
-    """Every row of one model, by name, in the order of the table; what R&Q is compared with is made first."""
+    """Rows of one model by name, in the order of the table; made when they are not in the work directory."""
 
     def kept(what: str, make: Callable[[], finetune.Measured]) -> finetune.Measured:
         return finetune.cached(work, f"{path.stem}-{what}-{finetune.key(path, found, options, what)}", make)
@@ -78,11 +89,19 @@ def measured(
         model = finetune.fully_fine_tuned(path, found, tokenizer, options, work)
         return balanced.balance(model, found, tokenizer)
 
-    first = kept("original", lambda: finetune.measure(original(path)[0], found, tokenizer))
-    alone = kept("rq", lambda: balanced.balance(original(path)[0], found, tokenizer))
-    last = kept("rq-on-full", on_full)
-    tuned = {how.name: finetune.fine_tuned(path, how, found, tokenizer, options, work) for how in strategies.STRATEGIES}
-    return {"Original": first, **tuned, "R&Q": alone, f"{finetune.KEPT} + R&Q": last}
+    def start() -> Any:
+        return original(path)[0].to(options.device)
+
+    def row(name: str) -> finetune.Measured:
+        if name == "Original":
+            return kept("original", lambda: finetune.measure(start(), found, tokenizer))
+        if name == "R&Q":
+            return kept("rq", lambda: balanced.balance(start(), found, tokenizer))
+        if name == ON_FULL:
+            return kept("rq-on-full", on_full)
+        return finetune.fine_tuned(path, strategies.strategy(name), found, tokenizer, options, work)
+
+    return {name: row(name) for name in ROWS if name in only}
 
 
 def rows_of(experts: int, results: dict[str, finetune.Measured]) -> list[dict[str, Any]]:
@@ -117,16 +136,15 @@ def _change(before: finetune.Measured, after: finetune.Measured, experts: int, s
     }
 
 
-def rows(work: Path, quick: bool, data: Path = DATA, models: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """The rows of the models (None: both, the smaller one alone when quick), made or read back from `work`.
+def rows(work: Path, options: finetune.Options, data: Path, models: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows of the models by their numbers of experts, made or read back from `work`.
 
     Raises:
         InputError: data or artifacts are missing.
     """
-    options = finetune.QUICK if quick else finetune.Options()
     found, tokenizer = finetune.read_task(data, options), text.load_tokenizer()
     out = []
-    for experts in models or (EXPERTS[:1] if quick else EXPERTS):
+    for experts in models:
         out += rows_of(experts, measured(artifact.path_of(experts), found, tokenizer, options, work))
     return out
 
@@ -151,9 +169,24 @@ def _interval(value: float, ends: list[float], digits: int) -> str:
     return f"{value:+.{digits}f} [{ends[0]:+.{digits}f}, {ends[1]:+.{digits}f}]"
 
 
-def notes(found: list[dict[str, Any]], data: Path, quick: bool) -> list[str]:
+def commands(arguments: argparse.Namespace, models: Sequence[int]) -> dict[str, list[str]]:
+    """A command for each row, the longest first; R&Q on the fully fine-tuned model waits for it, so both are one."""
+    shared = [sys.executable, __file__, "--data", str(arguments.data), "--work", str(arguments.work)]
+    shared += ["--device", arguments.device, "--threads", str(arguments.threads)]
+    shared += ["--quick"] if arguments.quick else []
+    shared += [] if arguments.pairs is None else ["--pairs", str(arguments.pairs)]
+    out = {}
+    order = [*(how.name for how in strategies.STRATEGIES), "R&Q", "Original"]
+    for name in order:
+        for experts in sorted(models, reverse=True):
+            asked = [name, ON_FULL] if name == finetune.KEPT else [name]
+            chosen = [part for row in asked for part in ("--row", row)]
+            out[f"{experts} experts, {' and '.join(asked)}"] = [*shared, "--experts", str(experts), *chosen]
+    return out
+
+
+def notes(found: list[dict[str, Any]], data: Path, options: finetune.Options) -> list[str]:
     """What a reader of the table must know, with F1 that needs no model."""
-    options = finetune.QUICK if quick else finetune.Options()
     work = finetune.read_task(data, options)
     known = task.without_a_model(work.train, work.test)
     said = [
@@ -182,17 +215,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="holds wikiqa_dev and wikiqa_test")
     parser.add_argument("--work", type=Path, required=True, help="results are kept there")
-    parser.add_argument("--json", type=Path, required=True, help="file to write: rows, markdown, notes")
+    parser.add_argument("--json", type=Path, help="file to write: rows, markdown, notes")
     parser.add_argument("--quick", action="store_true", help="8 experts, 24 pairs, 24 questions, two epochs")
     parser.add_argument(
         "--experts", type=int, choices=EXPERTS, action="append", help="only this model; may be repeated"
     )
+    parser.add_argument("--row", action="append", choices=ROWS, help="make only this row and stop; may be repeated")
+    parser.add_argument("--pairs", type=int, help="training pairs at most, 0 for all (default: 64, quick 24)")
+    parser.add_argument("--device", choices=devices.NAMES, default=finetune.Options.device)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each with --threads threads")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        raise InputError(f"--jobs {arguments.jobs}: give 1 or more")
+    if arguments.json is None and not arguments.row:
+        raise InputError("give --json FILE for the table, or --row NAME to make a row without it")
     torch.set_num_threads(arguments.threads)
     begin = time.monotonic()
-    found = rows(arguments.work, arguments.quick, arguments.data, arguments.experts)
-    document = {"rows": found, "markdown": table(found), "notes": notes(found, arguments.data, arguments.quick)}
+    options = finetune.options_of(arguments.quick, arguments.pairs, arguments.device)
+    models = arguments.experts or (EXPERTS[:1] if arguments.quick else EXPERTS)
+    if arguments.row:
+        work, tokenizer = finetune.read_task(arguments.data, options), text.load_tokenizer()
+        for experts in models:
+            measured(artifact.path_of(experts), work, tokenizer, options, arguments.work, arguments.row)
+        print(json.dumps({"rows": arguments.row, "seconds": round(time.monotonic() - begin, 1)}))
+        return
+    if arguments.jobs > 1:
+        failed = jobs.run(commands(arguments, models), arguments.jobs, arguments.threads)
+        for line in failed:
+            print(f"error: {line}", file=sys.stderr)
+        if failed:
+            sys.exit(1)
+    found = rows(arguments.work, options, arguments.data, models)
+    document = {"rows": found, "markdown": table(found), "notes": notes(found, arguments.data, options)}
     with atomic_file(arguments.json) as partial:
         partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(document["markdown"])

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import devices
 import numpy as np
 import torch
 from text import END, FIRST_SENTINEL, PAD, reference
@@ -105,7 +106,7 @@ def load_of(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> tuple[Int
     experts, slots = [], []
     with eq.watch(model) as load:
         for batch in batches:
-            model(**batch)
+            model(**devices.moved(batch, model.device))
             experts.append(load.counts)
             slots.append(load.slot_counts)
             load.reset()
@@ -120,9 +121,10 @@ def answer(model: Any, questions: Sequence[Question], tokenizer: Any, rows: int 
     for n in range(0, len(questions), rows):
         batch = inputs_of([question.text for question in questions[n : n + rows]], tokenizer)
         made = model.generate(
-            **batch, max_new_tokens=TARGET, do_sample=False, num_beams=1, no_repeat_ngram_size=NO_REPEAT
-        )
-        out += tokenizer.batch_decode(made, skip_special_tokens=True)
+            **devices.moved(batch, model.device), max_new_tokens=TARGET, do_sample=False, num_beams=1,
+            no_repeat_ngram_size=NO_REPEAT,
+        )  # fmt: skip
+        out += tokenizer.batch_decode(made.cpu(), skip_special_tokens=True)
     return [text.strip() for text in out]
 
 

@@ -90,7 +90,7 @@ def _tokens():
 
 def test_a_step_is_a_function_of_its_number():
     tokens = _tokens()
-    first, again, other = (scripts.train.batches(tokens, step, 7) for step in (3, 3, 4))
+    first, again, other = (scripts.mixture.batches(tokens, step, 7) for step in (3, 3, 4))
     for (a, b), (c, d) in zip(first, again, strict=True):
         assert torch.equal(a, c)
         assert torch.equal(b, d)
