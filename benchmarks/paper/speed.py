@@ -100,7 +100,7 @@ def _compare(
             torch.cuda.synchronize(ids.device)
 
     variants = {"original": lambda: ended(original), "variant": lambda: ended(model)}
-    pace = timing.Pace(seconds=2 if quick else 5, least=3 if quick else LEAST, most=31, warm_seconds=1)
+    pace = timing.Pace(seconds=2 if quick else 3, least=3 if quick else LEAST, most=31, warm_seconds=0.5)
     for call in variants.values():
         timing.warm(call, pace)
     times = timing.race(variants, pace)

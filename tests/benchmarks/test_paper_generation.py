@@ -150,8 +150,8 @@ def subject(data, words, tmp_path):
         yield SimpleNamespace(model=model, tokenizer=words)
 
     return SimpleNamespace(
-        quick=True, data=data, tokenizer=words, store=scripts.cells.Store(tmp_path / "work"), variant=variant,
-        inputs=lambda **more: more,
+        quick=True, large=False, data=data, tokenizer=words, store=scripts.cells.Store(tmp_path / "work"),
+        variant=variant, inputs=lambda **more: more,
     )  # fmt: skip
 
 
