@@ -38,8 +38,10 @@ def mixed(row: int) -> list[Slot]:
 
 
 def near(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Nine tokens of ten within 5 %: where two experts score alike, a rounding error chooses the other."""
     assert got.isfinite().all()
-    assert (got.float() - wanted.float()).norm() <= 0.05 * wanted.float().norm()
+    apart = (got.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
+    assert (apart <= 0.05).float().mean() >= 0.9
 
 
 @everywhere

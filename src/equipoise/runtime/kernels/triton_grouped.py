@@ -148,7 +148,8 @@ def _combine(y, weights, place, ends, out, slots, width, stride, K: tl.constexpr
 
 def _on(x: torch.Tensor) -> Any:
     """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    there = not x.is_cuda or x.get_device() == torch.cuda.current_device()
+    return nullcontext() if there else torch.cuda.device(x.device)
 
 
 def dispatch(
