@@ -65,7 +65,11 @@ def measure(subject: Any) -> dict[str, Any]:
         if subject.dtype == "float32":
             return subject.model("original").model
         if not held:  # not before it is needed: all may be kept already
-            held["model"] = load_model(subject.moe, dtype="float32", device=subject.device, tokenizer=False).model
+            loaded = load_model(subject.moe, dtype="float32", device=subject.device, tokenizer=False).model
+            if loaded.device.type == "cuda":
+                # Grouped products in float32, and their gradients, are not in every torch for GPUs.
+                loaded.set_experts_implementation("eager")
+            held["model"] = loaded
         return held["model"]
 
     def kept(name: str, work: Work, **more: Any) -> Arrays:

@@ -7,7 +7,7 @@ import pytest
 import task_rows
 
 from equipoise.errors import InputError
-from equipoise.evaluation import rows
+from equipoise.evaluation import harness, rows
 from equipoise.evaluation.harness import TASKS, find_task_data, load_tasks
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
@@ -153,3 +153,12 @@ def _mmlu_for_all(directory):
             old.unlink()
         (directory / f"{name}.jsonl").write_text(text)
     return directory
+
+
+def test_templates_are_compiled_once_and_rendered_for_each_document(tmp_path):
+    from lm_eval import utils
+
+    for _ in range(2):
+        harness._manager(tmp_path)
+    assert utils.env.from_string("{{question}}?") is utils.env.from_string("{{question}}?")
+    assert [utils.apply_template("{{question}}?", {"question": q}) for q in ("who", "why")] == ["who?", "why?"]

@@ -12,6 +12,7 @@ forks a process a core and prints to stdout, and is not used.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -155,7 +156,16 @@ def _manager(task_data: Path) -> Any:
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     from lm_eval.tasks import TaskManager
 
+    _compile_templates_once()
     return TaskManager(include_path=TASKS, include_defaults=False, metadata={"task_data": str(task_data)})
+
+
+def _compile_templates_once() -> None:
+    """Keep compiled templates: the harness compiles those of a task again for every field of every document."""
+    from lm_eval import utils
+
+    if "from_string" not in vars(utils.env):
+        utils.env.from_string = functools.lru_cache(1024)(utils.env.from_string)
 
 
 def _set_fewshot(name: str, task: Any, fewshot: int | None) -> None:
