@@ -17,7 +17,9 @@ import torch
 from equipoise.formats import get_format
 
 _LEAST = 32
-"""Rows `_int_mm` is run with: cuBLASLt wants more than 16, and a multiple of 8."""
+"""Rows `_int_mm` is run with at least: cuBLASLt wants more than 16."""
+_STEP = 16
+"""Sizes are padded to multiples of this: torch asks for 8, and rows of int8 should begin at multiples of 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,10 @@ def int8_linear(x: Quantized, weight: torch.Tensor, scale: torch.Tensor, out_axi
     """bfloat16 [n, out] of int8 rows and one slot's int8 weight, as `formats.Int8.linear` has it."""
     rows, width = x.q.shape
     matrix = weight if out_axis == -2 else weight.t().contiguous()
-    pad = (-len(matrix)) % 8, (-width) % 8
+    pad = (-len(matrix)) % _STEP, (-width) % _STEP
     if any(pad):  # no family has such sizes; tiny models do
         matrix = torch.nn.functional.pad(matrix, (0, pad[1], 0, pad[0]))
-    padded = torch.nn.functional.pad(x.q, (0, pad[1], 0, max(_LEAST - rows, -rows % 8)))
+    padded = torch.nn.functional.pad(x.q, (0, pad[1], 0, max(_LEAST - rows, -rows % _STEP)))
     y = torch._int_mm(padded, matrix.t())[:rows, : scale.numel()]
     return ((y * scale.reshape(1, -1)).to(torch.bfloat16) * x.scale).to(torch.bfloat16)
 
