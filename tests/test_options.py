@@ -24,7 +24,11 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (ProfileOptions, {"low_precision": "int4"}, "low precision: 'int4' is not one of int8, int8_weight_only, float16"),
     (PlanOptions, {"preset": "best"}, "preset: 'best' is not one of joint, paper"),
     (PlanOptions, {"strategy": "none"}, "strategy: 'none' is not one of rq, quantize-only"),
-    (PlanOptions, {"importance": "loss"}, "importance: 'loss' is not one of error, wanda, frequency, random"),
+    (
+        PlanOptions,
+        {"importance": "loss"},
+        "importance: 'loss' is not one of error, output_error, wanda, frequency, random",
+    ),
     (PlanOptions, {"low_precision": "int4"}, "low precision: 'int4' is not one of int8, int8_weight_only, float16"),
     (PlanOptions, {"budget": 0.0}, "budget is a multiple"),
     (PlanOptions, {"budget": -1.0}, "budget is a multiple"),
@@ -70,7 +74,7 @@ def test_wrong_values_are_refused(kind: type, values: dict[str, Any], message: s
 
 def test_every_field_is_checked_or_free():
     """A new field must be given a wrong value above, or be named here as one that has none."""
-    free = {"wanda_low_is_important", "group_limited"}
+    free = {"wanda_low_is_important", "group_limited", "sensitivity"}
     for kind in (ProfileOptions, PlanOptions, EvalOptions, BalanceOptions):
         tried = {name for k, values, _ in WRONG if k is kind for name in values}
         assert {field.name for field in dataclasses.fields(kind)} - free == tried

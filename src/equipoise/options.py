@@ -11,7 +11,7 @@ from equipoise.errors import InputError
 
 LowPrecision = Literal["int8", "int8_weight_only", "float16"]
 Preset = Literal["joint", "paper"]
-ImportanceName = Literal["error", "wanda", "frequency", "random"]
+ImportanceName = Literal["error", "output_error", "wanda", "frequency", "random"]
 Shares = Literal["merged", "even", "lp"]
 Strategy = Literal["rq", "quantize-only", "random", "quantize-heavy", "quantize-all"]
 
@@ -27,6 +27,8 @@ class ProfileOptions:
         fraction: share of the data's windows to use, spread evenly (the paper uses 0.1).
         windows: at most this many load windows are kept in `series`.
         importance_tokens: tokens on which `wanda` and `error` are measured, spread over the batches (0 = none).
+        sensitivity: weight `error` by what the model's predictions feel of it, with a backward pass over those tokens.
+            Without it `error` is that of the layer's output, which says less about the loss.
         low_precision: precision that `error` is measured for; plan with the same. None: int8 for 16-bit models,
             float16 for float32 models.
     """
@@ -37,6 +39,7 @@ class ProfileOptions:
     fraction: float = 1.0
     windows: int = 64
     importance_tokens: int = 2048
+    sensitivity: bool = True
     low_precision: LowPrecision | None = None
 
     def __post_init__(self) -> None:

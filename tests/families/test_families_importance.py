@@ -133,4 +133,5 @@ def test_importance_from_the_formulas(name: str):
             total[tokens] += share * y
         np.testing.assert_allclose(result.importance["wanda"][row], wanda, rtol=1e-4)
         # Rounding errors of float16 are small differences of large numbers.
-        np.testing.assert_allclose(result.importance["error"][row], error / float(total.square().sum()), rtol=1e-2)
+        wanted = error / float(total.square().sum())
+        np.testing.assert_allclose(result.importance["output_error"][row], wanted, rtol=1e-2)

@@ -108,8 +108,10 @@ def test_error_is_the_output_error_of_one_expert_alone(family: str, dtype: torch
         wanted = error / energy
         assert wanted.max() > 0
         tolerance = 0.1 if dtype == torch.bfloat16 else 2e-3  # rows are rounded otherwise when computed in one batch
-        np.testing.assert_allclose(found.importance["error"][row], wanted, rtol=tolerance, atol=wanted.max() * 1e-3)
-        assert (found.importance["error"][row][found.counts[row] == 0] == 0).all()
+        np.testing.assert_allclose(
+            found.importance["output_error"][row], wanted, rtol=tolerance, atol=wanted.max() * 1e-3
+        )
+        assert (found.importance["output_error"][row][found.counts[row] == 0] == 0).all()
 
 
 def matrices(family: str, name: str, weight: np.ndarray) -> list[np.ndarray]:
@@ -175,8 +177,8 @@ def test_error_can_be_measured_for_another_precision():
     batches = [inputs_of(model, 0)]
     usual, asked = profile(model, batches), profile(model, batches, ProfileOptions(low_precision="int8"))
     assert asked.meta["low_precision"] == "int8"
-    assert float(usual.importance["error"].max()) < 1e-6
+    assert float(usual.importance["output_error"].max()) < 1e-6
     reached = asked.counts > 0
-    assert (asked.importance["error"][reached] > 1e-7).all()
+    assert (asked.importance["output_error"][reached] > 1e-7).all()
     made = plan(asked, replicas=1)
     assert {slot.precision for layer in made.layers for slot in layer.slots} == {"original", "int8"}

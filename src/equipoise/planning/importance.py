@@ -1,6 +1,7 @@
 """What lowering an expert's precision costs: one non-negative number an expert, larger = dearer.
 
-`error`      gate-weighted output error measured on calibration tokens: used as it is.
+`error`      nats a token that lower precision of this expert alone costs, on calibration tokens: used as it is.
+`output_error`  what it changes of the layer's routed output, without asking what becomes of that: used as it is.
 `wanda`      score of Algorithm 2 (R&Q, arXiv 2602.19938). The paper reads "lower means higher importance", so
              with `wanda_low_is_important` the cost falls with the score; otherwise it rises. Within each layer
              the score is mapped linearly onto [0, 1].
@@ -52,7 +53,7 @@ def precision_cost(profile: Profile, options: PlanOptions) -> FloatArray:
             f"the profile has no importance {name!r}: measure it with `equipoise profile`, or choose one of {known}"
         )
     value = np.asarray(profile.importance[name], dtype=np.float64)
-    if name == "error":
+    if name in ("error", "output_error"):
         return np.maximum(value, 0.0)
     low, high = value.min(1, keepdims=True), value.max(1, keepdims=True)
     scaled = np.divide(value - low, high - low, out=np.zeros_like(value), where=high > low)

@@ -5,9 +5,14 @@
 with X the inputs that reached the expert; the lowest half of S (what pruning would remove) is averaged per matrix
 and then over the expert's matrices. The paper reads a lower score as higher importance.
 
-`error`: the output error that lower precision of this expert alone would cause, as a share of the layer's routed
-output on the same tokens,
+`error`: what lower precision of this expert alone would cost, in nats a token: the divergence of the model's
+predictions to second order, for errors of no particular direction (`sensitivity` has s, T the tokens observed),
+    1/2T sum_t w[t]^2 ||f(x_t) - f_low(x_t)||^2 s[t].
+
+`output_error`: the same error without asking what becomes of it, as a share of the layer's routed output on the same
+tokens; all there is where no gradient was measured, and `error` is then this,
     sum_t w[t]^2 ||f(x_t) - f_low(x_t)||^2  /  sum_t ||sum_j w[t, j] f_j(x_t)||^2.
+
 Larger means that lowering its precision costs more. An expert that got no token has 0.
 
 Cost: the experts of the observed batches are computed once more at full and once at low precision.
@@ -33,7 +38,7 @@ def low_precision(dtype: torch.dtype) -> str:
 
 
 class ImportanceMeter:
-    """Accumulates `wanda` and `error` over the batches it observes (see `equipoise.profiling.watch`).
+    """Accumulates importance over the batches it observes (see `equipoise.profiling.watch`).
 
     Args:
         layers: of the model.
@@ -45,13 +50,29 @@ class ImportanceMeter:
         self.precision = precision
         shape = (len(layers), layers[0].num_experts)
         self._error = np.zeros(shape)
+        self._weighted = np.zeros(shape)
         self._energy = np.zeros(len(layers))
         # Squared norms of each weight's inputs, by (layer, expert, weight).
         self._squares: dict[tuple[int, int, str], torch.Tensor] = {}
 
     @torch.no_grad()
-    def observe(self, row: int, layer: MoELayer, routing: Routing, real: torch.Tensor | None) -> None:
-        """Take one forward of one layer into account."""
+    def observe(
+        self,
+        row: int,
+        layer: MoELayer,
+        routing: Routing,
+        real: torch.Tensor | None,
+        sensitivity: torch.Tensor | None = None,
+    ) -> None:
+        """Take one forward of one layer into account.
+
+        Args:
+            row: of the layer.
+            layer: the layer.
+            routing: of the batch.
+            real: bool [rows], tokens that count; None: all of them.
+            sensitivity: float32 [rows], s of each token, where it was measured.
+        """
         layout = layer.layout
         index = routing.index if real is None else routing.index.masked_fill(~real[:, None], layer.num_experts)
         hidden = routing.hidden
@@ -69,9 +90,9 @@ class ImportanceMeter:
 
             y, inputs = layout.compute(x, layout.linear(original))
             for name, values in inputs.items():
-                squares = values.float().square().sum(0)
+                norms = values.float().square().sum(0)
                 key = (row, e, name)
-                self._squares[key] = self._squares[key] + squares if key in self._squares else squares
+                self._squares[key] = self._squares[key] + norms if key in self._squares else norms
 
             def lowered(name: str, rows: torch.Tensor, get: Get = original) -> torch.Tensor:
                 w = layout.weight(name)
@@ -79,21 +100,29 @@ class ImportanceMeter:
                 return product if w.bias is None else product + get(w.bias)
 
             low, _ = layout.compute(x, lowered)
-            self._error[row, e] += float((weight * (y.float() - low.float())).square().sum())
+            squares = (weight * (y.float() - low.float())).square().sum(-1)
+            self._error[row, e] += float(squares.sum())
+            if sensitivity is not None:
+                self._weighted[row, e] += float((squares * sensitivity[tokens]).sum())
             total.index_add_(0, tokens, weight * y.float())
         self._energy[row] += float(total.square().sum())
 
-    def results(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Name -> float32 [L, E]: `wanda` and `error` over everything observed."""
+    def results(self, tokens: int = 0) -> dict[str, npt.NDArray[np.float32]]:
+        """Name -> float32 [L, E]: `wanda`, `error` and, where sensitivity was measured, `output_error`.
+
+        Args:
+            tokens: T, tokens whose predictions gave the sensitivity; 0: it was not measured.
+        """
         energy = np.where(self._energy > 0, self._energy, 1.0)
         wanda = np.zeros_like(self._error)
         for row, layer in enumerate(self.layers):
             for e in range(layer.num_experts):
                 wanda[row, e] = self._wanda(row, layer, e)
-        return {
-            "error": (self._error / energy[:, None]).astype(np.float32),
-            "wanda": wanda.astype(np.float32),
-        }
+        found = {"error": (self._error / energy[:, None]).astype(np.float32), "wanda": wanda.astype(np.float32)}
+        if tokens:
+            found["output_error"] = found["error"]
+            found["error"] = (self._weighted / (2 * tokens)).astype(np.float32)
+        return found
 
     @torch.no_grad()
     def _wanda(self, row: int, layer: MoELayer, e: int) -> float:

@@ -1,13 +1,15 @@
 """`profile`: load on all calibration batches, importance on some of them spread over the data.
 
-Counting costs a few per cent of a forward; importance computes the experts of its batches again, so it is
-measured on about `importance_tokens` tokens only. Only the base model runs: logits are not needed.
+Counting costs a few per cent of a forward; importance computes the experts of its batches again and runs the model
+backwards, so it is measured on about `importance_tokens` tokens only. Elsewhere only the base model runs: no logits
+are needed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from equipoise.errors import InputError
 from equipoise.models.families import find_layers
 from equipoise.options import ProfileOptions
 from equipoise.profiling.importance import ImportanceMeter, low_precision
+from equipoise.profiling.sensitivity import Backward
 from equipoise.profiling.watching import watch
 from equipoise.progress import Track, quietly
 from equipoise.runtime.install import plan_of
@@ -65,19 +68,23 @@ def profile(
     low = options.low_precision or low_precision(dtype)
     meter = ImportanceMeter(layers, low)
     sampled = _spread(items, options.importance_tokens)
+    backward = Backward(model, meter.observe) if options.sensitivity and sampled else None
     observing = False
 
     def observe(*arguments: Any) -> None:
         if observing:
-            meter.observe(*arguments)
+            (meter if backward is None else backward).observe(*arguments)
 
     steps = []
     before = np.zeros((len(layers), layers[0].num_experts), dtype=np.int64)
     runner = _runner(model, [layer.name for layer in layers])
-    with watch(model, observe) as load:
+    with watch(model, observe) as load, nullcontext() if backward is None else backward.attached(layers):
         for i, batch in enumerate(track(items, len(items), "profiling")):
             observing = i in sampled
-            runner(**_inputs(model, batch))
+            if observing and backward is not None:
+                backward.run(_inputs(model, batch))
+            else:
+                runner(**_inputs(model, batch))
             now = load.counts
             steps.append(now - before)
             before = now
@@ -89,7 +96,7 @@ def profile(
         layer_ids=np.array([layer.layer_id for layer in layers]),
         layer_names=tuple(layer.name for layer in layers),
         series=_windows(np.stack(steps), options.windows),
-        importance=meter.results() if sampled else {},
+        importance=meter.results(0 if backward is None else backward.tokens) if sampled else {},
         expert_bytes={
             precision: np.array([[slot_bytes(layer.layout, precision)] * layer.num_experts for layer in layers])
             for precision in dict.fromkeys(("original", "int8", low))
@@ -103,6 +110,7 @@ def profile(
             "data": data,
             "importance_tokens": int(sum(int(items[i]["attention_mask"].sum()) for i in sampled)),
             "low_precision": low,
+            **({"error": "output" if backward is None else "divergence"} if sampled else {}),
             "created_by": _created_by(),
         },
     )
