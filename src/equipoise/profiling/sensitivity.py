@@ -151,7 +151,7 @@ def _slope(logits: torch.Tensor, real: torch.Tensor, seed: int) -> torch.Tensor:
 def differentiable(model: PreTrainedModel) -> Iterator[None]:
     """No parameter asks for a gradient inside the block, and experts run one by one."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = getattr(model.config, "_experts_implementation", None)
+    before: str | None = getattr(model.config, "_experts_implementation", None)
     switched = before not in (None, "eager") and model._can_set_experts_implementation()
     try:
         for parameter in asking:
@@ -160,7 +160,7 @@ def differentiable(model: PreTrainedModel) -> Iterator[None]:
             model.set_experts_implementation("eager")
         yield
     finally:
-        if switched:
+        if switched and before is not None:
             model.set_experts_implementation(before)
         for parameter in asking:
             parameter.requires_grad_(True)
