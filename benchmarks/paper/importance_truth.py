@@ -17,11 +17,13 @@ from typing import Any
 import expert_changes
 import expert_predictors
 import importance_words
+import measured_layer
 import numpy as np
 import numpy.typing as npt
 from expert_changes import CHANGES, Bench, changed, singles, spread
-from expert_predictors import NAMES, observe, predict
+from expert_predictors import observe, predict
 from importance_pictures import draw_load, draw_truth
+from importance_words import NAMES
 from sections import Section, picture
 
 from equipoise.models import load_model
@@ -38,7 +40,7 @@ def sizes(quick: bool) -> dict[str, tuple[int, int]]:
     """Windows and their tokens of each part."""
     if quick:
         return {"singles": (2, 64), "calibration": (2, 128), "together": (2, 64)}
-    return {"singles": (8, 96), "calibration": (8, 128), "together": (8, 128)}
+    return {"singles": (32, 96), "calibration": (24, 128), "together": (8, 128)}
 
 
 def depths(layers: int, quick: bool) -> list[int]:
@@ -72,16 +74,23 @@ def measure(subject: Any) -> dict[str, Any]:
             held["model"] = loaded
         return held["model"]
 
-    def kept(name: str, work: Work, **more: Any) -> Arrays:
-        code = [expert_changes, expert_predictors]
-        arrays: Arrays = subject.store.arrays(f"importance/{name}", subject.inputs(sizes=plan, **more), work, code)
+    def kept(name: str, work: Work, size: str, *code: Any, **more: Any) -> Arrays:
+        inputs = subject.inputs(size=plan[size], **more)
+        arrays: Arrays = subject.store.arrays(f"importance/{name}", inputs, work, [expert_changes, *code])
         return arrays
 
     truth: dict[str, dict[str, list[Any]]] = {c: {"divergence": [], "rise": []} for c in CHANGES}
     predictors: dict[str, dict[str, list[Any]]] = {c: {n: [] for n in NAMES} for c in CHANGES}
-    predicted = kept("predictors", lambda: _predictors(model(), calibration, layers), layers=layers)
+    predicted = kept(
+        "predictors",
+        lambda: _predictors(model(), calibration, layers),
+        "calibration",
+        expert_predictors,
+        measured_layer,
+        layers=layers,
+    )
     for row, layer in enumerate(layers):
-        arrays = kept(f"layer {layer}", lambda layer=layer: _truth(model(), rest, layer))
+        arrays = kept(f"layer {layer}", lambda layer=layer: _truth(model(), rest, layer), "singles")
         for change in CHANGES:
             for name in truth[change]:
                 truth[change][name].append(arrays[f"{change} {name}"].tolist())
@@ -102,7 +111,11 @@ def measure(subject: Any) -> dict[str, Any]:
 
 def _predictors(model: Any, ids: Any, layers: list[int]) -> Arrays:
     seen = observe(model, ids, layers)
-    found = {layer: predict(model.model.layers[layer].mlp.experts, seen[layer]) for layer in layers}
+    found = {layer: predict(model.model.layers[layer].mlp.experts, seen.pop(layer)) for layer in layers}
+    for layer, own in found.items():
+        errors = {change: values["error x token"] for change, values in own.items()}
+        for change, values in measured_layer.measured(model, ids, layer, errors).items():
+            own[change][measured_layer.NAME] = values
     return {f"{c} {n}": np.array([found[layer][c][n] for layer in layers]) for c in CHANGES for n in NAMES}
 
 
@@ -143,6 +156,7 @@ def _together(model: Callable[[], Any], kept: Any, subject: Any, size: tuple[int
                 arrays = kept(
                     f"all layers, {change}",
                     lambda experts=experts, change=change: one(experts, change),
+                    "together",
                     experts=experts.tolist(),
                 )
                 rows.append({"by": name, "end": end, "change": change, **{k: v.tolist() for k, v in arrays.items()}})

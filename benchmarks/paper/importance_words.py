@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from expert_changes import CHANGES
-from expert_predictors import NAMES
+from expert_predictors import NAMES as PREDICTORS
+from measured_layer import NAME as MEASURED
 from rank_agreement import Agreement, agreement, repeatability, spearman
 from sections import interval, table
 
 from equipoise.evaluation.perplexity import half_width
 
 BAR = 0.7
+NAMES = (*PREDICTORS, MEASURED)
 TRUTHS = {"divergence": "divergence", "rise": "rise of the loss"}
 Scores = Mapping[str, npt.NDArray[np.float64]]
 Agreements = dict[tuple[str, str, str], Agreement]
@@ -154,7 +156,9 @@ def _definitions() -> str:
         "log-probability of next tokens that the model drew, `error x token` by each token's; `fisher` is half the "
         "mean square of the product of change and gradient, the second-order term of the divergence; `slope` is the "
         "first-order change of the loss on the calibration text (its magnitude, against the divergence); `size` is the "
-        "gate-weighted norm of what the expert says. `benchmarks/paper/expert_predictors.py` has the formulas."
+        "gate-weighted norm of what the expert says; `measured layer` is no gradient: the divergence that lowering all "
+        "experts of the layer at once causes on the calibration text, shared among them by the root of `error x token`. "
+        "`benchmarks/paper/expert_predictors.py` and `measured_layer.py` have the formulas."
     )
 
 

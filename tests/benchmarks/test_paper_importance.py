@@ -1,5 +1,6 @@
 """The truth about one expert, what might predict it, and the section of the paper benchmark about both."""
 
+import contextlib
 import copy
 import json
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from tiny import FAMILIES, VOCAB, save_tiny
 
 scripts = import_scripts(
     "paper", "cells", "expert_changes", "expert_predictors", "importance_pictures", "importance_truth",
-    "importance_words", "rank_agreement",
+    "importance_words", "measured_layer", "rank_agreement",
 )  # fmt: skip
 changes, predictors, ranks = scripts.expert_changes, scripts.expert_predictors, scripts.rank_agreement
 
@@ -146,6 +147,25 @@ def test_predictors_are_their_formulas(model):
             }
             for name, value in expected.items():
                 assert found[change][name][e] == pytest.approx(float(value), rel=2e-3, abs=1e-12), (change, name)
+
+
+def test_a_layer_is_measured_whole_and_shared_by_the_root_of_the_error(model):
+    rows, layer = ids(3, 10), 1
+    experts = model.model.layers[layer].mlp.experts
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    errors = {change: [float(e) for e in range(experts.num_experts)] for change in changes.CHANGES}
+    found = scripts.measured_layer.measured(model, rows, layer, errors)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    bench = changes.Bench(model, rows)
+    for change in ("int8", "4 bits"):
+        with contextlib.ExitStack() as stack:
+            for e in range(experts.num_experts):
+                stack.enter_context(changes.changed(model, {layer: e}, change))
+            whole = bench.effect().divergence.mean()
+        assert whole > 0
+        assert sum(found[change]) == pytest.approx(whole, rel=1e-3)
+        assert found[change][4] == pytest.approx(2 * found[change][1])
+    assert found["removed"] == found["4 bits"]
 
 
 def test_slope_is_the_first_order_change_of_the_loss(model):
