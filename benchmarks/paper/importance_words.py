@@ -157,7 +157,7 @@ def _definitions() -> str:
         "mean square of the product of change and gradient, the second-order term of the divergence; `slope` is the "
         "first-order change of the loss on the calibration text (its magnitude, against the divergence); `size` is the "
         "gate-weighted norm of what the expert says; `measured layer` is no gradient: the divergence that lowering all "
-        "experts of the layer at once causes on the calibration text, shared among them by the root of `error x token`. "
+        "experts of the layer at once causes on calibration text, shared among them by the root of `error x token`. "
         "`benchmarks/paper/expert_predictors.py` and `measured_layer.py` have the formulas."
     )
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
 from core_models import random_slots
 from equipoise.formats import get_format
 from equipoise.models import MoELayer, find_layers
 from equipoise.runtime import apply
-from equipoise.runtime.experts import slots_forward
+from equipoise.runtime.experts import Slots, slots_forward
+from equipoise.runtime.kernels.packed import PackedWeight
 from equipoise.types import Slot
 from families.families_support import make_plan
 from tiny import EXPERTS, FAMILIES
@@ -100,3 +104,21 @@ def test_the_same_batch_gives_the_same_bits():
     apply(model, make_plan(model, random_slots))
     ids = torch.randint(3, 120, (4, 16))
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+def test_packed_weights_become_plain_where_the_model_goes():
+    """`Module.to` keeps the packed object, whose packs are the CPU's: the first forward elsewhere replaces it."""
+    weight = torch.randint(-127, 128, (2, 64, 32), dtype=torch.int8)
+    module = nn.Module()
+    module.down_int8 = nn.Parameter(PackedWeight.pack(weight, -2), requires_grad=False)
+    module.bias = nn.Parameter(torch.ones(3))
+    bias = module.bias
+    slots = Slots.__new__(Slots)
+    slots.layout = SimpleNamespace(module=module)  # type: ignore[assignment]
+    slots.leave_cpu(torch.device("cpu"))
+    assert type(module.down_int8) is nn.Parameter
+    assert not isinstance(module.down_int8.data, PackedWeight)
+    assert torch.equal(module.down_int8, weight)
+    assert not module.down_int8.requires_grad
+    assert module.bias is bias

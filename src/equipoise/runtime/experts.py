@@ -43,6 +43,13 @@ class Slots:
         # Not get_parameter, which splits and checks the path at each call.
         return self.layout.module._parameters[stored_name(name, precision, suffix)]  # type: ignore[no-any-return]
 
+    def leave_cpu(self, device: torch.device) -> None:
+        """Plain weights on `device` in place of packed ones, which are in the CPU's layout wherever the module went."""
+        parameters = self.layout.module._parameters
+        for name, stored in parameters.items():
+            if isinstance(stored, PackedWeight):
+                parameters[name] = nn.Parameter(stored.unpack().to(device), requires_grad=False)
+
     def _where(self, name: str, slot: int) -> tuple[str, int]:
         """Precision a weight of a slot is held in, and its place among the stored ones."""
         quantizable = self.layout.weight(name).quantizable
@@ -94,6 +101,8 @@ def slots_forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weigh
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
         return _ForInference.apply(hidden, weights, slots, index)  # type: ignore[no-any-return]
+    if hidden.device.type != "cpu":
+        slots.leave_cpu(hidden.device)
     run = next((k.forward for k in (cpu, grouped) if k.is_ready(slots, hidden)), plain_forward)
     with torch.no_grad():
         return run(slots, hidden, index, weights)
