@@ -45,7 +45,9 @@ def slopes(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[dict[str
         kept = logits[inputs[key].bool()]
         text = inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"]
         drawn = torch.Generator().manual_seed(zlib.crc32(text[inputs[key].bool()].numpy().tobytes()))
-        following = torch.multinomial(kept.detach().float().softmax(-1), 1, generator=drawn)
+        below = kept.detach().float().softmax(-1).cumsum(-1)
+        level = torch.rand(len(kept), 1, generator=drawn) * below[:, -1:]
+        following = (below <= level).sum(-1, keepdim=True)
         score = kept.float().log_softmax(-1).gather(1, following).sum()
         grads = torch.autograd.grad(score, [outputs[layer.name] for layer in layers])
         for layer, grad in zip(layers, grads, strict=True):

@@ -76,7 +76,7 @@ class ImportanceMeter:
         layout = layer.layout
         index = routing.index if real is None else routing.index.masked_fill(~real[:, None], layer.num_experts)
         hidden = routing.hidden
-        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        total = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         form = get_format(self.precision)
         for e in range(layer.num_experts):
             tokens, place = torch.where(index == e)

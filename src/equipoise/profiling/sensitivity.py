@@ -135,14 +135,17 @@ class Backward:
 @torch.no_grad()
 def _slope(logits: torch.Tensor, real: torch.Tensor, seed: int) -> torch.Tensor:
     """Gradient of sum log p(drawn) by the logits [B, Q, V]: one at the drawn token, less the probabilities."""
-    drawn = torch.Generator(device=logits.device).manual_seed(seed)
+    # Drawn on the host by the inverse of the distribution: the same tokens on every device, but for rounding.
+    drawn = torch.Generator().manual_seed(seed)
     flat = logits.reshape(-1, logits.shape[-1])
     slope = torch.zeros_like(flat)
     for rows in real.reshape(-1).nonzero()[:, 0].split(ROWS):
         p = flat[rows].float().softmax(-1)
         if not bool(p.isfinite().all()):
             raise InputError("the model's logits are NaN or inf on the calibration text; the checkpoint is damaged")
-        chosen = torch.multinomial(p, 1, generator=drawn)
+        below = p.cumsum(-1)
+        level = torch.rand(len(rows), 1, generator=drawn).to(p.device) * below[:, -1:]
+        chosen = torch.searchsorted(below, level, right=True).clamp_(max=p.shape[-1] - 1)
         slope[rows] = p.neg_().scatter_add_(1, chosen, torch.ones_like(p[:, :1])).to(slope.dtype)
     return slope.view_as(logits)
 
