@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from expert_changes import CHANGES
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rank_agreement import spearman
 
 from equipoise.files.atomic import atomic_file
@@ -58,6 +59,7 @@ def draw_truth(values: dict[str, Any], scores: Mapping[str, npt.NDArray[np.float
             axes.set_yscale("log" if real.min() > 0 else "linear")
             if score.min() > 0 and score.max() > 30 * score.min():
                 axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter(NullFormatter())  # less than a decade would label every tick
             else:
                 axes.locator_params(axis="x", nbins=3)
                 axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
