@@ -4,8 +4,8 @@
 
 Selections are sorted by slot once, each slot computes its rows, results are summed over k in one reduction (no
 atomics: the same on every device). bfloat16 models run on packed weights on a CPU with matrix instructions
-(`kernels.cpu`) and through grouped products on a GPU (`kernels.grouped`); everything else runs the formats' plain
-arithmetic, which says what the kernels must give.
+(`kernels.onednn`), on plain weights on other x86 CPUs (`kernels.vector`) and through grouped products on a GPU
+(`kernels.grouped`); everything else runs the formats' plain arithmetic, which says what the kernels must give.
 A layer that the plan left as it was keeps its own parameters and runs the implementation it had before.
 """
 
@@ -19,7 +19,7 @@ from torch import nn
 from equipoise.formats import get_format
 from equipoise.models.families import read_routing
 from equipoise.models.layout import ExpertsLayout
-from equipoise.runtime.kernels import cpu, grouped
+from equipoise.runtime.kernels import grouped, onednn, vector
 from equipoise.runtime.kernels.packed import PackedWeight
 from equipoise.runtime.slots import SlotTable
 from equipoise.types import LayerPlan
@@ -103,7 +103,7 @@ def slots_forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weigh
         return _ForInference.apply(hidden, weights, slots, index)  # type: ignore[no-any-return]
     if hidden.device.type != "cpu":
         slots.leave_cpu(hidden.device)
-    run = next((k.forward for k in (cpu, grouped) if k.is_ready(slots, hidden)), plain_forward)
+    run = next((k.forward for k in (onednn, vector, grouped) if k.is_ready(slots, hidden)), plain_forward)
     with torch.no_grad():
         return run(slots, hidden, index, weights)
 

@@ -1,7 +1,8 @@
 """Packing the slots of a model for the CPU it is on, once, when the model has got them.
 
 A weight is packed where its dtype has matrix instructions on this processor and the model computes in bfloat16;
-elsewhere it stays a plain tensor, for the plain path or (on a GPU) the grouped one. A log line says which.
+elsewhere it stays a plain tensor, for products on vector instructions (x86), grouped ones (on a GPU), or the plain
+path. A log line says which.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from equipoise.memory import frugal_memory
 from equipoise.models.families import MoELayer
 from equipoise.runtime.experts import Slots, stored_name
+from equipoise.runtime.kernels import vector
 from equipoise.runtime.kernels.packed import PackedWeight, can_pack, instructions
 
 _log = logging.getLogger("equipoise")
@@ -51,11 +53,19 @@ def pack_layers(layers: list[MoELayer]) -> int:
     on_gpu = sum(_on_gpu(layer) for layer in layers)
     if on_gpu:
         _log.info("experts of %d of %d layers are on a GPU: grouped products for bfloat16", on_gpu, len(layers))
-    if slots > packed + on_gpu:
+    vectors = sum(_on_vectors(layer) for layer in layers)
+    if vectors:
         _log.info(
-            "experts of %d layers run in plain operations: packed weights need a bfloat16 model on a CPU with AVX512 "
-            "or AMX matrix instructions",
-            slots - packed - on_gpu,
+            "experts of %d of %d layers run on float32 vector instructions: this processor has no matrix instructions "
+            "for bfloat16",
+            vectors,
+            len(layers),
+        )
+    if slots > packed + on_gpu + vectors:
+        _log.info(
+            "experts of %d layers run in plain operations: the kernels want a bfloat16 model without float16 slots, on "
+            "an x86 CPU or a GPU",
+            slots - packed - on_gpu - vectors,
         )
     return packed
 
@@ -63,6 +73,11 @@ def pack_layers(layers: list[MoELayer]) -> int:
 def _on_gpu(layer: MoELayer) -> bool:
     balanced = hasattr(layer.experts, "equipoise_slots")
     return balanced and any(parameter.is_cuda for parameter in layer.experts.parameters())
+
+
+def _on_vectors(layer: MoELayer) -> bool:
+    slots: Slots | None = getattr(layer.experts, "equipoise_slots", None)
+    return slots is not None and slots.layout.dtype == torch.bfloat16 and vector.suits(slots)
 
 
 def leave_file(model: nn.Module) -> None:

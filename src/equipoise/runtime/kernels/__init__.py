@@ -1,1 +1,1 @@
-"""Fast products of slots on CPU: oneDNN's prepacked bf16 and int8 GEMMs (AMX or VNNI), and compiled row kernels."""
+"""Products of slots: oneDNN's prepacked GEMMs (AMX, VNNI), vector instructions on plain weights, grouped on a GPU."""

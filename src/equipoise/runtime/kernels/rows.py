@@ -161,6 +161,31 @@ def scale_rows(x, scale):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def scale_products(y, scale, place, begin, count, tokens, out):  # type: ignore[no-untyped-def]
+    """Sums of int8 products times their scales, as bits.
+
+    Args:
+        y: float32 [n, out].
+        scale: float32 [slots, out], of the channels.
+        place: int64 [N], slot of each segment.
+        begin: int64 [N], its first row.
+        count: int64 [N], its rows.
+        tokens: float32 [n] scales, rounded to bfloat16 in between as `formats.Int8.linear` does; empty without.
+        out: [n, out] bits, written.
+    """
+    for s in range(len(place)):
+        channels = scale[place[s]]
+        for r in range(begin[s], begin[s] + count[s]):
+            if len(tokens):
+                t = tokens[r]
+                for i in range(len(channels)):
+                    out[r, i] = _narrow(_wide(_narrow(y[r, i] * channels[i])) * t)
+            else:
+                for i in range(len(channels)):
+                    out[r, i] = _narrow(y[r, i] * channels[i])
+
+
+@_compiled
 def merge_two(y, scale, out):  # type: ignore[no-untyped-def]
     """Products of two digits, float32 y [2n, out], to bits out [n, out]: scale * (y[r] + y[n + r] / 254)."""
     rows, width = out.shape
