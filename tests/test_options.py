@@ -18,6 +18,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (ProfileOptions, {"windows": 0}, "windows must be at least 1"),
     (ProfileOptions, {"max_tokens": -1}, "max_tokens must not be negative"),
     (ProfileOptions, {"importance_tokens": -1}, "importance_tokens must not be negative"),
+    (ProfileOptions, {"layer_tokens": -1}, "layer_tokens must not be negative"),
     (ProfileOptions, {"fraction": 0.0}, "fraction must be in (0, 1]"),
     (ProfileOptions, {"fraction": 1.01}, "fraction must be in (0, 1]"),
     (ProfileOptions, {"fraction": math.nan}, "fraction must be in (0, 1]"),

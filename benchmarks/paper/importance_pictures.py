@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from expert_changes import CHANGES
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from product_change import ALL, NAME
 from rank_agreement import spearman
 
 from equipoise.files.atomic import atomic_file
@@ -41,15 +41,15 @@ def draw_load(values: dict[str, Any], path: Path) -> None:
 def draw_truth(values: dict[str, Any], scores: Mapping[str, npt.NDArray[np.float64]], path: Path) -> None:
     """What the profile says of an expert against what changing it does: a row a change, a column a predictor."""
     layers = values["layers"]
-    figure = Figure(figsize=(9, 8.4), dpi=100, layout="constrained")
-    grid = figure.subplots(len(CHANGES), 4, sharey="row")
-    for row, change in zip(grid, CHANGES, strict=True):
+    figure = Figure(figsize=(9, 11), dpi=100, layout="constrained")
+    grid = figure.subplots(len(ALL), 4, sharey="row")
+    for row, change in zip(grid, ALL, strict=True):
         real = np.array(values["truth"][change]["divergence"]).mean(-1)
         columns = {
             "wanda": scores["wanda, higher is dearer"][layers],
             "load": scores["frequency"][layers],
             "error": scores["error"][layers],
-            "fisher": np.array(values["predictors"][change]["fisher"]),
+            "fisher": np.array(values["predictors"]["int8" if change == NAME else change]["fisher"]),
         }
         for axes, (name, score) in zip(row, columns.items(), strict=True):
             for i, layer in enumerate(layers):

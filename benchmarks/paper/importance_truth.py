@@ -2,10 +2,13 @@
 
 Three parts, all of the original model:
 
-    profile     load, `wanda` and `error` of every expert of every layer, on calibration tokens
-    singles     experts of several layers changed one at a time (`expert_changes`): divergence and rise of the loss on
-                tokens that calibration has not seen, beside what might predict them (`expert_predictors`)
+    profile     load, `wanda` and `error` of every expert of every layer, on calibration tokens, by the product
+    singles     experts of several layers changed one at a time (`product_change`, `expert_changes`): divergence and
+                rise of the loss on tokens that calibration has not seen, beside what might predict them
+                (`expert_predictors`)
     together    the expert that a measure calls least, or most, important in every layer at once, changed
+
+Everything is in float32, the profile too.
 """
 
 from __future__ import annotations
@@ -20,13 +23,18 @@ import importance_words
 import measured_layer
 import numpy as np
 import numpy.typing as npt
+import product_change
 from expert_changes import CHANGES, Bench, changed, singles, spread
 from expert_predictors import observe, predict
 from importance_pictures import draw_load, draw_truth
 from importance_words import NAMES
 from sections import Section, picture
 
+import equipoise as eq
 from equipoise.models import load_model
+from equipoise.options import ProfileOptions
+from equipoise.profiling import float32, importance, lowered, sampling, sensitivity
+from equipoise.types import Profile
 
 Arrays = dict[str, npt.NDArray[Any]]
 Work = Callable[[], Arrays]
@@ -37,10 +45,10 @@ DEPTHS = 5
 
 
 def sizes(quick: bool) -> dict[str, tuple[int, int]]:
-    """Windows and their tokens of each part."""
+    """Windows and their tokens of each part; of the profile its tokens, and those of whole layers."""
     if quick:
-        return {"singles": (2, 64), "calibration": (2, 128), "together": (2, 64)}
-    return {"singles": (32, 96), "calibration": (24, 128), "together": (8, 128)}
+        return {"singles": (2, 64), "calibration": (2, 128), "together": (2, 64), "profile": (256, 128)}
+    return {"singles": (32, 96), "calibration": (24, 128), "together": (8, 128), "profile": (4096, 2048)}
 
 
 def depths(layers: int, quick: bool) -> list[int]:
@@ -56,9 +64,7 @@ def measure(subject: Any) -> dict[str, Any]:
     Args:
         subject: `subject.Subject`.
     """
-    profile = subject.profile
     plan = sizes(subject.quick)
-    layers = depths(profile.num_layers, subject.quick)
     rest, domains = spread(subject.windows("rest"), *plan["singles"])
     calibration, _ = spread(subject.windows(), *plan["calibration"])
     held: dict[str, Any] = {}
@@ -79,7 +85,9 @@ def measure(subject: Any) -> dict[str, Any]:
         arrays: Arrays = subject.store.arrays(f"importance/{name}", inputs, work, [expert_changes, *code])
         return arrays
 
-    truth: dict[str, dict[str, list[Any]]] = {c: {"divergence": [], "rise": []} for c in CHANGES}
+    profile = _profile(subject, model, plan["profile"])
+    layers = depths(profile.num_layers, subject.quick)
+    truth: dict[str, dict[str, list[Any]]] = {c: {"divergence": [], "rise": []} for c in product_change.ALL}
     predictors: dict[str, dict[str, list[Any]]] = {c: {n: [] for n in NAMES} for c in CHANGES}
     predicted = kept(
         "predictors",
@@ -91,9 +99,17 @@ def measure(subject: Any) -> dict[str, Any]:
     )
     for row, layer in enumerate(layers):
         arrays = kept(f"layer {layer}", lambda layer=layer: _truth(model(), rest, layer), "singles")
+        arrays |= kept(
+            f"layer {layer}, {product_change.NAME}",
+            lambda layer=layer: _product_truth(model(), rest, layer),
+            "singles",
+            product_change,
+            lowered,
+        )
+        for change, own in truth.items():
+            for name in own:
+                own[name].append(arrays[f"{change} {name}"].tolist())
         for change in CHANGES:
-            for name in truth[change]:
-                truth[change][name].append(arrays[f"{change} {name}"].tolist())
             for name in NAMES:
                 predictors[change][name].append(predicted[f"{change} {name}"][row].tolist())
     return {
@@ -105,8 +121,21 @@ def measure(subject: Any) -> dict[str, Any]:
         "domains": list(domains),
         "truth": truth,
         "predictors": predictors,
-        "together": _together(model, kept, subject, plan["together"]),
+        "together": _together(model, kept, subject, profile, plan["together"]),
     }
+
+
+def _profile(subject: Any, model: Callable[[], Any], tokens: tuple[int, int]) -> Profile:
+    """What the product says of every expert, kept; its `error` is for W8A8."""
+    code = [float32, importance, lowered, sampling, sensitivity]
+    path = subject.store.path("importance profile", subject.inputs(tokens=tokens), code, "npz")
+
+    def make() -> None:
+        options = ProfileOptions(importance_tokens=tokens[0], layer_tokens=tokens[1], low_precision="int8")
+        eq.save_profile(eq.profile(model(), subject.windows(), options), path)
+
+    subject.store.file(path, "importance profile", make)
+    return eq.load_profile(path)
 
 
 def _predictors(model: Any, ids: Any, layers: list[int]) -> Arrays:
@@ -125,6 +154,11 @@ def _truth(model: Any, ids: Any, layer: int) -> Arrays:
     return {f"{c} {name}": getattr(e, name) for c, e in effects.items() for name in ("divergence", "rise")}
 
 
+def _product_truth(model: Any, ids: Any, layer: int) -> Arrays:
+    effect = product_change.singles(Bench(model, ids, layer))
+    return {f"{product_change.NAME} {name}": getattr(effect, name) for name in ("divergence", "rise")}
+
+
 def scores(values: dict[str, Any], seed: int = 0) -> dict[str, npt.NDArray[np.float64]]:
     """Measures of an expert's worth, [L, E], larger = dearer: `CHOOSERS`."""
     load, wanda = np.array(values["load"]), np.array(values["importance"]["wanda"])
@@ -132,9 +166,10 @@ def scores(values: dict[str, Any], seed: int = 0) -> dict[str, npt.NDArray[np.fl
     return dict(zip(CHOOSERS, (-wanda, wanda, np.array(values["importance"]["error"]), load, drawn), strict=True))
 
 
-def _together(model: Callable[[], Any], kept: Any, subject: Any, size: tuple[int, int]) -> dict[str, Any]:
+def _together(
+    model: Callable[[], Any], kept: Any, subject: Any, profile: Profile, size: tuple[int, int]
+) -> dict[str, Any]:
     """Table 5: chooser -> end -> change -> losses and divergences of windows."""
-    profile = subject.profile
     load = profile.counts / profile.counts.sum(1, keepdims=True)
     ranked = scores({"load": load, "importance": profile.importance})
     chosen = {name: {"least": s.argmin(1), "most": s.argmax(1)} for name, s in ranked.items()}

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from expert_changes import CHANGES
 from expert_predictors import NAMES as PREDICTORS
 from measured_layer import NAME as MEASURED
+from product_change import ALL
+from product_change import NAME as W8A8
 from rank_agreement import Agreement, agreement, repeatability, spearman
 from sections import interval, table
 
@@ -27,9 +29,11 @@ def agreements(values: dict[str, Any], scores: Scores) -> Agreements:
     """Of every predictor with every truth, over the experts that were changed one at a time."""
     rows = values["layers"]
     found = {}
-    for change in CHANGES:
+    for change in ALL:
         named = {name: score[rows] for name, score in scores.items()}
-        named |= {name: np.array(values["predictors"][change][name]) for name in NAMES}
+        # The predictors round weights alone; what they say of int8 is the nearest they have to W8A8.
+        predictors = values["predictors"]["int8" if change == W8A8 else change]
+        named |= {name: np.array(predictors[name]) for name in NAMES}
         for truth in TRUTHS:
             real = np.array(values["truth"][change][truth]).mean(-1)
             for name, score in named.items():
@@ -79,8 +83,9 @@ def truth_text(values: dict[str, Any], found: Agreements, quick: bool) -> str:
     where = f"{_list([str(n) for n in values['layers']])}" if layers < 9 else f"{layers} layers"
     intro = (
         f"### One expert at a time\n\nEvery expert of layer{'s' * (layers > 1)} {where} ({layers * experts} in all) is "
-        "changed while all others stay: rounded to int8, rounded to 4 bits a weight (which magnifies the effect), or "
-        f"removed. {values['tokens']} tokens that calibration has not seen, {len(values['domains'])} windows, float32. "
+        "changed while all others stay: held as the product's `int8` (W8A8: weights and tokens rounded; `error` is "
+        "measured for this), its weights alone rounded to int8, or to 4 bits (which magnifies the effect), or removed. "
+        f"{values['tokens']} tokens that calibration has not seen, {len(values['domains'])} windows, float32. "
         "The *divergence* is the mean KL divergence of the next-token distribution from the untouched model's; the "
         "*rise* is that of the loss on the text. The rise is the divergence plus a term whose mean is 0 for text that "
         "the model itself would write and whose spread a token is about sqrt(2 divergence), so small effects show in "
@@ -99,7 +104,7 @@ def truth_text(values: dict[str, Any], found: Agreements, quick: bool) -> str:
 
 def _effects(values: dict[str, Any]) -> str:
     rows = []
-    for change in CHANGES:
+    for change in ALL:
         divergence, rise = (np.array(values["truth"][change][name]) for name in TRUTHS)
         means = divergence.mean(-1)
         half = np.apply_along_axis(half_width, -1, rise)
@@ -136,13 +141,13 @@ def _agreement_table(found: Agreements, truth: str) -> str:
     rows = []
     for name in names:
         row = [_code(name)]
-        for change in CHANGES:
+        for change in ALL:
             a = found[truth, change, name]
             row.append(f"{a.pooled[0]:+.2f} [{a.pooled[1]:+.2f}, {a.pooled[2]:+.2f}]")
             row.append(f"{a.within[0]:+.2f}")
         rows.append(row)
     columns = [f"Spearman with the {TRUTHS[truth]}"]
-    for change in CHANGES:
+    for change in ALL:
         columns += [f"{change}, pooled", "within"]
     return table(columns, rows)
 
@@ -150,8 +155,10 @@ def _agreement_table(found: Agreements, truth: str) -> str:
 def _definitions() -> str:
     return (
         "*Pooled* is over all experts that were changed, with a 95 % bootstrap interval over experts; *within* is the "
-        "mean of the coefficients within a layer. `error`, wanda and frequency are the profile's. The others are for "
-        "comparison, from calibration tokens too: `own error` is `error` with the very change in question; "
+        "mean of the coefficients within a layer. `error`, wanda and frequency are the profile's, `error` for W8A8: "
+        "each layer's divergence with all its experts lowered, measured, parted among them by the root of what "
+        "gradients say. The others are for comparison, from calibration tokens too, with weights alone rounded (beside "
+        "W8A8 stands what they say of int8): `own error` is the change of the layer's output as a share of it; "
         "`error x layer` weights the squared change of a layer's output by the layer's mean squared gradient of the "
         "log-probability of next tokens that the model drew, `error x token` by each token's; `fisher` is half the "
         "mean square of the product of change and gradient, the second-order term of the divergence; `slope` is the "
@@ -166,21 +173,21 @@ def verdict(values: dict[str, Any], found: Agreements, quick: bool) -> str:
     """The bar: `error` against the truth with Spearman at least `BAR`, or what does reach it."""
     said = []
     for truth, words in TRUTHS.items():
-        at = {change: found[truth, change, "error"].pooled for change in CHANGES}
+        at = {change: found[truth, change, "error"].pooled for change in ALL}
         figures = _list([f"{r[0]:+.2f} [{r[1]:+.2f}, {r[2]:+.2f}] ({change})" for change, r in at.items()])
         met = [change for change, r in at.items() if r[0] >= BAR]
-        unmet = [change for change in CHANGES if change not in met]
+        unmet = [change for change in ALL if change not in met]
         outcome = f"the bar of {BAR} is " + (
-            "met for all three" if not unmet else f"met for {_list(met)}, not for {_list(unmet)}" if met else "not met"
+            "met for all" if not unmet else f"met for {_list(met)}, not for {_list(unmet)}" if met else "not met"
         )
         said.append(f"**`error` against the {words}: {figures}; {outcome}.**")
         for change in unmet:
             said.append(_instead(values, found, truth, change))
-    best = max(at_error := {c: _best(found, "divergence", c) for c in CHANGES}, key=lambda c: at_error[c][1])
+    best = max(at_error := {c: _best(found, "divergence", c) for c in ALL}, key=lambda c: at_error[c][1])
     name, value = at_error[best]
     said.append(f"The best agreement of all with a divergence is {value:+.2f}, of {_code(name)} ({best}).")
     wanda = [name for name in dict.fromkeys(n for _, _, n in found) if name.startswith("wanda")]
-    mean = {name: float(np.mean([found["divergence", c, name].within[0] for c in CHANGES])) for name in wanda}
+    mean = {name: float(np.mean([found["divergence", c, name].within[0] for c in ALL])) for name in wanda}
     right = max(mean, key=lambda name: mean[name])
     said.append(
         f"Of wanda's two directions, {right.removeprefix('wanda, ')!r} agrees better with the divergence within layers "

@@ -29,6 +29,8 @@ class ProfileOptions:
         importance_tokens: tokens on which `wanda` and `error` are measured, spread over the batches (0 = none).
         sensitivity: weight `error` by what the model's predictions feel of it, with a backward pass over those tokens.
             Without it `error` is that of the layer's output, which says less about the loss.
+        layer_tokens: of those, tokens on which the model is run again for each layer, with all its experts lowered,
+            to measure what the layer is worth (0 = gradients alone say; without sensitivity nothing does).
         low_precision: precision that `error` is measured for; plan with the same. None: int8 for 16-bit models,
             float16 for float32 models.
     """
@@ -40,12 +42,13 @@ class ProfileOptions:
     windows: int = 64
     importance_tokens: int = 2048
     sensitivity: bool = True
+    layer_tokens: int = 2048
     low_precision: LowPrecision | None = None
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "windows"):
             at_least(name, getattr(self, name), 1)
-        for name in ("max_tokens", "importance_tokens"):
+        for name in ("max_tokens", "importance_tokens", "layer_tokens"):
             at_least(name, getattr(self, name), 0)
         if not 0 < self.fraction <= 1:
             raise InputError(f"fraction must be in (0, 1], got {self.fraction}")

@@ -17,6 +17,7 @@ from equipoise.profiling import profile, sensitivity
 from profiling.test_importance_core import Recorder, inputs_of, run_expert
 from tiny import EXPERTS, FAMILIES
 
+GRADIENTS = ProfileOptions(layer_tokens=0)
 CASES = ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe", "switch_transformers"]
 
 
@@ -62,8 +63,8 @@ def slopes(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[dict[str
 def test_error_is_weighted_by_the_squared_gradient_of_each_token(family: str):
     model = FAMILIES[family](dtype=torch.float32)
     batches = [inputs_of(model, 0), inputs_of(model, 1)]
-    found = profile(model, batches)
-    assert found.meta["error"] == "divergence"
+    found = profile(model, batches, GRADIENTS)
+    assert found.meta["error"] == "gradients"
     weights, count = slopes(model, batches)
     recorder = Recorder(model, batches)
     for row, layer in enumerate(recorder.layers):
@@ -104,18 +105,18 @@ def test_every_family_runs_backwards_and_is_left_as_it_was(family: str):
 def test_the_same_profile_again_and_padding_does_not_count():
     model = FAMILIES["mixtral"](dtype=torch.float32)
     inputs = inputs_of(model, 0)
-    first, again = (profile(model, [inputs]).importance["error"] for _ in range(2))
+    first, again = (profile(model, [inputs], GRADIENTS).importance["error"] for _ in range(2))
     assert first.tolist() == again.tolist()
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     pad = torch.full((len(ids), 5), 3)
     wider = {"input_ids": torch.cat([ids, pad], 1), "attention_mask": torch.cat([mask, torch.zeros_like(pad)], 1)}
-    np.testing.assert_allclose(profile(model, [wider]).importance["error"], first, rtol=5e-3)
+    np.testing.assert_allclose(profile(model, [wider], GRADIENTS).importance["error"], first, rtol=5e-3)
 
 
 def test_the_order_of_the_batches_does_not_matter():
     model = FAMILIES["mixtral"](dtype=torch.float32)
     batches = [inputs_of(model, seed) for seed in range(3)]
-    first, turned = (profile(model, order).importance["error"] for order in (batches, batches[::-1]))
+    first, turned = (profile(model, order, GRADIENTS).importance["error"] for order in (batches, batches[::-1]))
     np.testing.assert_allclose(turned, first, rtol=1e-5)
 
 
@@ -124,10 +125,10 @@ def test_large_batches_are_cut_by_sequences(monkeypatch):
     model = FAMILIES["mixtral"](dtype=torch.float32)
     inputs = inputs_of(model, 0)
     rows = [{key: value[i : i + 1] for key, value in inputs.items()} for i in range(3)]
-    apart = profile(model, rows)
+    apart = profile(model, rows, GRADIENTS)
     monkeypatch.setattr(sensitivity, "TOKENS", 20)
     monkeypatch.setattr(sensitivity, "ROWS", 64)
-    cut = profile(model, [inputs])
+    cut = profile(model, [inputs], GRADIENTS)
     assert cut.counts.tolist() == apart.counts.tolist()
     np.testing.assert_allclose(cut.importance["error"], apart.importance["error"], rtol=5e-3)
 

@@ -5,9 +5,12 @@
 with X the inputs that reached the expert; the lowest half of S (what pruning would remove) is averaged per matrix
 and then over the expert's matrices. The paper reads a lower score as higher importance.
 
-`error`: what lower precision of this expert alone would cost, in nats a token: the divergence of the model's
-predictions to second order, for errors of no particular direction (`sensitivity` has s, T the tokens observed),
-    1/2T sum_t w[t]^2 ||f(x_t) - f_low(x_t)||^2 s[t].
+`error`: what lower precision of this expert alone would cost, in nats a token: the expert's part of what its layer
+costs as a whole (`lowered` has D[l]), by the root of
+    g[e] = 1/2T sum_t w[t]^2 ||f(x_t) - f_low(x_t)||^2 s[t],
+the divergence of the model's predictions to second order, for errors of no particular direction (`sensitivity` has s,
+T the tokens observed). The root, because most of what gradients do not see goes with the size of a change, not with its
+square. Where D was not measured, `error` is g.
 
 `output_error`: the same error without asking what becomes of it, as a share of the layer's routed output on the same
 tokens; all there is where no gradient was measured, and `error` is then this,
@@ -27,12 +30,13 @@ import torch
 from equipoise.formats import get_format
 from equipoise.models.families import MoELayer, Routing
 from equipoise.models.layout import Get, Weight
+from equipoise.types import FloatArray, Precision
 
 WANDA_FRACTION = 0.5
 """Fraction of weights pruning would remove: Wanda's usual 50 % sparsity."""
 
 
-def low_precision(dtype: torch.dtype) -> str:
+def low_precision(dtype: torch.dtype) -> Precision:
     """The lower precision of R&Q: int8 for 16-bit models, float16 for float32 models."""
     return "float16" if dtype == torch.float32 else "int8"
 
@@ -139,6 +143,23 @@ class ImportanceMeter:
                 for matrix in _matrices(weight, lambda name: layer.layout.expert(name, e).detach())
             ]
         return float(np.mean(means))
+
+
+def shared_out(divergence: FloatArray, error: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    """What each layer costs as a whole, parted among its experts by the root of what each was estimated to cost.
+
+    Args:
+        divergence: [L], of a layer with all experts lowered.
+        error: [L, E], of each expert alone.
+
+    Returns:
+        float32 [L, E]; the sum over a layer is its divergence. A layer of which nothing was seen in the predictions, at
+        the resolution of the model's dtype, keeps its estimate.
+    """
+    roots = np.sqrt(np.asarray(error, dtype=np.float64))
+    sums = roots.sum(1, keepdims=True)
+    parts = np.divide(roots, sums, out=np.zeros_like(roots), where=sums > 0)
+    return np.where(divergence[:, None] > 0, divergence[:, None] * parts, error).astype(np.float32)
 
 
 def _matrices(weight: Weight, get: Get) -> list[torch.Tensor]:

@@ -1,33 +1,32 @@
-"""`profile`: load on all calibration batches, importance on some of them spread over the data.
+"""`profile`: load on all calibration batches, importance on some of the text, spread over it.
 
-Counting costs a few per cent of a forward; importance computes the experts of its batches again and runs the model
-backwards, so it is measured on about `importance_tokens` tokens only. Elsewhere only the base model runs: no logits
-are needed.
+Counting costs a few per cent of a forward, and only the base model runs: no logits are needed. Importance computes
+experts again and runs the model backwards, so it is measured on about `importance_tokens` tokens; of these,
+`layer_tokens` go through the model once more for each layer.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
 from equipoise.errors import InputError
-from equipoise.models.families import find_layers
+from equipoise.models.families import MoELayer, find_layers
 from equipoise.options import ProfileOptions
-from equipoise.profiling.importance import ImportanceMeter, low_precision
+from equipoise.profiling.importance import ImportanceMeter, low_precision, shared_out
+from equipoise.profiling.lowered import lowered_divergence
+from equipoise.profiling.sampling import Batch, spread_out
 from equipoise.profiling.sensitivity import Backward
 from equipoise.profiling.watching import watch
 from equipoise.progress import Track, quietly
 from equipoise.runtime.install import plan_of
 from equipoise.runtime.sizes import slot_bytes
-from equipoise.types import IntArray, Profile
-
-Batch = Mapping[str, torch.Tensor]
+from equipoise.types import IntArray, Precision, Profile
 
 
 @torch.no_grad()
@@ -64,39 +63,31 @@ def profile(
         for key in ("input_ids", "attention_mask"):
             if key not in batch:
                 raise InputError(f"batch {number} has no {key!r}: give input_ids and attention_mask [B, Q]")
+    if not any(bool(batch["attention_mask"].any()) for batch in items):
+        raise InputError("there is no token in the calibration data: it is all padding")
     dtype = layers[0].layout.dtype
     low = options.low_precision or low_precision(dtype)
-    meter = ImportanceMeter(layers, low)
-    sampled = _spread(items, options.importance_tokens)
-    backward = Backward(model, meter.observe) if options.sensitivity and sampled else None
-    observing = False
-
-    def observe(*arguments: Any) -> None:
-        if observing:
-            (meter if backward is None else backward).observe(*arguments)
-
+    sampled = spread_out(items, options.importance_tokens)
+    # First, as it is what a model may refuse.
+    importance, kind = _importance(model, layers, sampled, low, options, track) if sampled else ({}, {})
     steps = []
     before = np.zeros((len(layers), layers[0].num_experts), dtype=np.int64)
     runner = _runner(model, [layer.name for layer in layers])
-    with watch(model, observe) as load, nullcontext() if backward is None else backward.attached(layers):
-        for i, batch in enumerate(track(items, len(items), "profiling")):
-            observing = i in sampled
-            if observing and backward is not None:
-                backward.run(_inputs(model, batch))
-            else:
-                runner(**_inputs(model, batch))
+    with watch(model) as load:
+        for batch in track(items, len(items), "counting load"):
+            runner(**_inputs(model, batch))
             now = load.counts
             steps.append(now - before)
             before = now
         top_k = load.top_k
     if not before.any():
-        raise InputError("no token of the calibration data reached a routed expert; is it all padding?")
+        raise InputError("no token of the calibration data reached a routed expert")
     return Profile(
         counts=before,
         layer_ids=np.array([layer.layer_id for layer in layers]),
         layer_names=tuple(layer.name for layer in layers),
         series=_windows(np.stack(steps), options.windows),
-        importance=meter.results(0 if backward is None else backward.tokens) if sampled else {},
+        importance=importance,
         expert_bytes={
             precision: np.array([[slot_bytes(layer.layout, precision)] * layer.num_experts for layer in layers])
             for precision in dict.fromkeys(("original", "int8", low))
@@ -108,27 +99,45 @@ def profile(
             "dtype": str(dtype).removeprefix("torch."),
             "tokens": int(sum(int(batch["attention_mask"].sum()) for batch in items)),
             "data": data,
-            "importance_tokens": int(sum(int(items[i]["attention_mask"].sum()) for i in sampled)),
+            "importance_tokens": int(sum(int(batch["attention_mask"].sum()) for batch in sampled)),
             "low_precision": low,
-            **({"error": "output" if backward is None else "divergence"} if sampled else {}),
+            **kind,
             "created_by": _created_by(),
         },
     )
+
+
+def _importance(
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    batches: list[Batch],
+    low: Precision,
+    options: ProfileOptions,
+    track: Track,
+) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, str]]:
+    """Importance by name, and what `error` is, for the profile's meta."""
+    meter = ImportanceMeter(layers, low)
+    if not options.sensitivity:
+        with watch(model, meter.observe):
+            for batch in track(batches, len(batches), "measuring importance"):
+                model(**_inputs(model, batch))
+        return meter.results(), {"error": "output"}
+    backward = Backward(model, meter.observe)
+    with watch(model, backward.observe), backward.attached(layers):
+        for batch in track(batches, len(batches), "measuring importance"):
+            backward.run(_inputs(model, batch))
+    found = meter.results(backward.tokens)
+    if not options.layer_tokens:
+        return found, {"error": "gradients"}
+    inputs = [_inputs(model, batch) for batch in spread_out(batches, options.layer_tokens)]
+    found["error"] = shared_out(lowered_divergence(model, layers, inputs, low, track=track), found["error"])
+    return found, {"error": "layers"}
 
 
 def _created_by() -> str:
     from equipoise import __version__
 
     return f"equipoise {__version__}"
-
-
-def _spread(items: list[Batch], tokens: int) -> set[int]:
-    """Numbers of the batches to measure importance on: enough for `tokens`, spread evenly."""
-    if not tokens:
-        return set()
-    mean = sum(int(batch["attention_mask"].sum()) for batch in items) / len(items)
-    wanted = min(len(items), max(1, math.ceil(tokens / max(mean, 1))))
-    return {int(i) for i in (np.arange(wanted) + 0.5) * len(items) / wanted}
 
 
 def _windows(steps: IntArray, most: int) -> IntArray:
