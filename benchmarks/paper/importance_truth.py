@@ -24,6 +24,7 @@ import measured_layer
 import numpy as np
 import numpy.typing as npt
 import product_change
+import torch
 from expert_changes import CHANGES, Bench, changed, singles, spread
 from expert_predictors import observe, predict
 from importance_pictures import draw_load, draw_truth
@@ -45,10 +46,10 @@ DEPTHS = 5
 
 
 def sizes(quick: bool) -> dict[str, tuple[int, int]]:
-    """Windows and their tokens of each part; of the profile its tokens, and those of whole layers."""
+    """Windows and their tokens of each part."""
     if quick:
-        return {"singles": (2, 64), "calibration": (2, 128), "together": (2, 64), "profile": (256, 128)}
-    return {"singles": (32, 96), "calibration": (24, 128), "together": (8, 128), "profile": (4096, 2048)}
+        return {"singles": (2, 64), "calibration": (2, 128), "together": (2, 64)}
+    return {"singles": (32, 96), "calibration": (24, 128), "together": (8, 128)}
 
 
 def depths(layers: int, quick: bool) -> list[int]:
@@ -85,7 +86,7 @@ def measure(subject: Any) -> dict[str, Any]:
         arrays: Arrays = subject.store.arrays(f"importance/{name}", inputs, work, [expert_changes, *code])
         return arrays
 
-    profile = _profile(subject, model, plan["profile"])
+    profile = _profile(subject, model, calibration)
     layers = depths(profile.num_layers, subject.quick)
     truth: dict[str, dict[str, list[Any]]] = {c: {"divergence": [], "rise": []} for c in product_change.ALL}
     predictors: dict[str, dict[str, list[Any]]] = {c: {n: [] for n in NAMES} for c in CHANGES}
@@ -125,14 +126,16 @@ def measure(subject: Any) -> dict[str, Any]:
     }
 
 
-def _profile(subject: Any, model: Callable[[], Any], tokens: tuple[int, int]) -> Profile:
-    """What the product says of every expert, kept; its `error` is for W8A8."""
+def _profile(subject: Any, model: Callable[[], Any], ids: torch.Tensor) -> Profile:
+    """What the product says of every expert after calibration windows [N, W], kept; its `error` is for W8A8."""
     code = [float32, importance, lowered, sampling, sensitivity]
-    path = subject.store.path("importance profile", subject.inputs(tokens=tokens), code, "npz")
+    path = subject.store.path("importance profile", subject.inputs(size=list(ids.shape)), code, "npz")
 
     def make() -> None:
-        options = ProfileOptions(importance_tokens=tokens[0], layer_tokens=tokens[1], low_precision="int8")
-        eq.save_profile(eq.profile(model(), subject.windows(), options), path)
+        tokens = ids.numel()
+        options = ProfileOptions(importance_tokens=tokens, layer_tokens=tokens, low_precision="int8")
+        batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]
+        eq.save_profile(eq.profile(model(), batches, options), path)
 
     subject.store.file(path, "importance profile", make)
     return eq.load_profile(path)

@@ -155,7 +155,8 @@ def _agreement_table(found: Agreements, truth: str) -> str:
 def _definitions() -> str:
     return (
         "*Pooled* is over all experts that were changed, with a 95 % bootstrap interval over experts; *within* is the "
-        "mean of the coefficients within a layer. `error`, wanda and frequency are the profile's, `error` for W8A8: "
+        "mean of the coefficients within a layer. Calibration is on other text of the same mixture of tasks. `error`, "
+        "wanda and frequency are the product's profile of it, `error` for W8A8: "
         "each layer's divergence with all its experts lowered, measured, parted among them by the root of what "
         "gradients say. The others are for comparison, from calibration tokens too, with weights alone rounded (beside "
         "W8A8 stands what they say of int8): `own error` is the change of the layer's output as a share of it; "
