@@ -40,7 +40,7 @@ def test_killed_at_many_points(model: tuple[Path, Path], tmp_path: Path, kind: s
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["swept"] is True
-    assert seen["in the middle"] >= 1, f"too few kills met a writer at work: {seen}"
+    assert seen["in the middle"] >= 2, f"too few kills met a writer at work: {seen}"
     if kind != "forced":
         assert seen.get("absent", 0) + seen.get("complete", 0) == KILLS[kind]
     else:
