@@ -191,7 +191,10 @@ class Subject:
         def make() -> None:
             made = eq.profile(
                 self.model("original").model, self.windows(),
-                ProfileOptions(importance_tokens=8192, low_precision="int8"),
+                ProfileOptions(
+                    importance_tokens=512 if self.quick else 8192, layer_tokens=256 if self.quick else 2048,
+                    low_precision="int8",
+                ),
                 model_name=self.moe.name, data="the first tenth of each task's prompts",
             )  # fmt: skip
             eq.save_profile(as_stored(made) if self.dtype == "float32" else made, path)
