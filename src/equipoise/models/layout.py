@@ -49,8 +49,28 @@ class Weight:
     bias: str | None = None
 
 
+@dataclass(frozen=True)
+class Elementwise:
+    """An expert that is a product, a function of single numbers, and a product, without biases.
+
+    Attributes:
+        up: name of the first weight.
+        down: name of the second.
+        act: the function.
+        gated: the first product is two halves, of which the second is multiplied with the function of the first.
+    """
+
+    up: str
+    down: str
+    act: Callable[[torch.Tensor], torch.Tensor]
+    gated: bool
+
+
 class ExpertsLayout(ABC):
     """Layout of one experts module."""
+
+    elementwise: Elementwise | None = None
+    """What `compute` does in these terms; None where it is something else."""
 
     def __init__(self, module: Any, num_experts: int, weights: tuple[Weight, ...]) -> None:
         self.module: Any = module
@@ -129,6 +149,10 @@ class FusedLayout(ExpertsLayout):
             bias = f"{name}_bias" if quantizable and module.has_bias else None
             weights.append(Weight(name, shape, out_axis, parameter.dtype, quantizable, matrices, bias))
         super().__init__(module, module.get_parameter(self.up).shape[0], tuple(weights))
+        # A family with a gate of its own defines the method itself.
+        plain_gate = not module.has_gate or type(module)._apply_gate.__module__ == "transformers.integrations.moe"
+        if plain_gate and not module.has_bias and not module.has_post_expert_norm and _is_fixed(module.act_fn):
+            self.elementwise = Elementwise(self.up, self.down, module.act_fn, module.has_gate)
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
@@ -167,6 +191,8 @@ class SwitchLayout(ExpertsLayout):
         )
         self.act = first.act
         super().__init__(module, len(module), weights)
+        if _is_fixed(self.act):
+            self.elementwise = Elementwise("wi", "wo", self.act, False)
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
@@ -187,6 +213,11 @@ class SwitchLayout(ExpertsLayout):
         # Dropout is left out: a balanced model is for inference.
         inner = self.act(linear("wi", x))
         return linear("wo", inner), {"wi": x, "wo": inner}
+
+
+def _is_fixed(act: Any) -> bool:
+    """Whether an activation has no parameters, so that it is the same function tomorrow."""
+    return not isinstance(act, nn.Module) or not any(True for _ in act.parameters())
 
 
 LAYOUTS: tuple[type[FusedLayout] | type[SwitchLayout], ...] = (FusedLayout, SwitchLayout)

@@ -109,6 +109,17 @@ class SlotTable:
         )
         self._on: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What `rows.sort_by_slot` reads: length, offset, pattern, position."""
+        return *self._arrays, self._position
+
+    def firsts(self, precisions: tuple[str, ...]) -> tuple[int, ...]:
+        """Place of the first slot of each precision in the order of the pools; 0 for one that no slot has."""
+        return tuple(
+            int(self._position[self.pools[name][0]]) if name in self.pools else 0 for name in precisions
+        )
+
     def _tensors(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         if device not in self._on:
             self._on[device] = tuple(
@@ -163,7 +174,7 @@ class SlotTable:
         flat = index.reshape(-1).numpy()
         tokens, place = np.empty(len(flat), np.int64), np.empty(len(flat), np.int64)
         counts = np.empty(self.num_slots + 1, np.int64)
-        sort_by_slot(flat, *self._arrays, self._position, tokens, place, counts, index.shape[1])
+        sort_by_slot(flat, *self.arrays, tokens, place, counts, index.shape[1])
         return torch.from_numpy(tokens), place, counts[:-1].tolist()
 
     def count(self, index: torch.Tensor, real: torch.Tensor | None, experts: np.ndarray, slots: np.ndarray) -> None:

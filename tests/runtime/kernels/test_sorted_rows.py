@@ -1,4 +1,4 @@
-"""The forward on a CPU against the formats' plain arithmetic, on both kinds of products."""
+"""The forward on a CPU against the formats' plain arithmetic, on every path that there is."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from equipoise.models import find_layers
 from equipoise.runtime import packing
 from equipoise.runtime.experts import plain_forward, slots_forward
-from equipoise.runtime.kernels import onednn, sorted_rows, vector
+from equipoise.runtime.kernels import few_rows, onednn, sorted_rows, vector
 from equipoise.runtime.kernels.packed import can_pack
 from runtime.kernels.kernel_cases import KINDS, balanced, batch
 from tiny import EXPERTS
 
 
-@pytest.fixture(params=["packed", "vector"], autouse=True)
+@pytest.fixture(params=["packed", "vector", "few rows"], autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module that computes the products."""
     if request.param == "packed":
@@ -28,6 +28,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
     if not vector.suits_processor():
         pytest.skip("not an x86 processor")
     monkeypatch.setattr(packing, "can_pack", lambda _: False)
+    if request.param == "vector":
+        monkeypatch.setattr(few_rows, "MOST", -1)
     return vector
 
 

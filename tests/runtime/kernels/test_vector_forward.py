@@ -15,7 +15,7 @@ from core_models import ANY, random_slots
 from equipoise.models import find_layers
 from equipoise.runtime import apply, packing
 from equipoise.runtime.experts import plain_forward, slots_forward
-from equipoise.runtime.kernels import dots, rows, vector
+from equipoise.runtime.kernels import dots, few_rows, rows, vector
 from families.families_support import make_plan
 from runtime.kernels.kernel_cases import KINDS, balanced, batch
 from tiny import FAMILIES
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(not vector.suits_processor(), reason="not an x86
 @pytest.fixture(autouse=True)
 def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "can_pack", lambda _: False)
+    monkeypatch.setattr(few_rows, "MOST", -1)
 
 
 @given(

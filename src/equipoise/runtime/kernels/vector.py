@@ -23,14 +23,13 @@ import numpy as np
 import torch
 
 from equipoise.models.layout import Weight
-from equipoise.runtime.kernels import dots, rows
+from equipoise.runtime.kernels import dots, few_rows, rows
 from equipoise.runtime.kernels.packed import PackedWeight
 from equipoise.runtime.kernels.sorted_rows import Digits, Products, Segment, sorted_forward
 
 if TYPE_CHECKING:
     from equipoise.runtime.experts import Slots
 
-PRECISIONS = ("original", "int8", "int8_weight_only")
 SHARED_FROM = 1 << 22
 """Multiplications from which a product is shared out over threads: below, handing over costs more."""
 _NONE = np.empty(0, np.float32)
@@ -103,7 +102,7 @@ def is_ready(slots: Slots, hidden: torch.Tensor) -> bool:
 def suits(slots: Slots) -> bool:
     """Whether the weights of a layer can: 16-bit and int8 slots in plain tensors, on an x86 processor."""
     return suits_processor() and all(
-        precision in PRECISIONS and _is_plain(slots.stored(weight.name, precision))
+        precision in few_rows.PRECISIONS and _is_plain(slots.stored(weight.name, precision))
         for weight in slots.layout.weights
         if weight.quantizable
         for precision in slots.table.pools
@@ -123,4 +122,6 @@ def _is_plain(stored: torch.Tensor) -> bool:
 
 def forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Routed experts of one layer; see `experts.slots_forward` for arguments and result."""
+    if few_rows.suits(slots, index.numel()):
+        return few_rows.forward(slots, hidden, index, weights)
     return sorted_forward(slots, hidden, index, weights, PlainProducts)

@@ -1,0 +1,200 @@
+"""A batch of few rows on plain weights, in one compiled call a layer: a decoding step of small experts.
+
+There the arithmetic takes microseconds, and so does each call: sorting, gathering, quantizing, two products, the gate
+and the sum over k are a dozen of them for each precision. Here they are one, on one thread. The numbers are those of
+`vector`: the same sums, rounded at the same places.
+
+The activation is a table. A bfloat16 has 65,536 values, so any function of one number is 128 KiB, computed by the
+model's own module once, and its bits are the module's whichever it is.
+
+    original            tokens widened to float32; rounded to bfloat16 after each product
+    int8                tokens quantized; sums of integers, exact; the scales as `formats.Int8` has them
+    int8_weight_only    tokens widened; the channel's scale after the sum
+
+Legend: T tokens, k selections a token, n rows of a slot, H hidden, O channels, S slots.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from equipoise.models.layout import Elementwise
+from equipoise.planning.kernels import compiled
+from equipoise.runtime.kernels import dots, rows
+from equipoise.runtime.kernels.rows import _narrow, _scale, _wide
+
+if TYPE_CHECKING:
+    from equipoise.runtime.experts import Slots
+
+PRECISIONS = ("original", "int8", "int8_weight_only")
+
+MOST = 1 << 22
+"""Multiplications of a layer up to which its batch is one of few rows."""
+
+_f32, _u16 = np.float32, np.uint16
+_ROUND = rows._ROUND
+_compiled: Any = partial(compiled, nogil=True, error_model="numpy")
+_NONE = np.empty((0, 0, 0), np.float32)
+_EMPTY = {
+    name: (np.empty((0, 0, 0), kind), _NONE, np.empty((0, 0, 0), kind), _NONE)
+    for name, kind in zip(PRECISIONS, (np.uint16, np.int8, np.int8), strict=True)
+}
+_tables: WeakKeyDictionary[Any, np.ndarray | None] = WeakKeyDictionary()
+_distinct: dict[bytes, np.ndarray] = {}
+"""The tables by their content: layers with an activation each share one."""
+
+
+@_compiled
+def _tokens(x, integers, wide, scale):  # type: ignore[no-untyped-def]
+    """Rows of bits x [n, in] as float32 in `wide`: their values, or (`integers`) what `rows.quantize` makes of them."""
+    n, width = x.shape
+    for r in range(n):
+        if integers:
+            s, inverse = _scale(x[r])
+            scale[r] = s
+            if inverse == _f32(0):
+                wide[r] = _f32(0)
+            else:
+                for i in range(width):
+                    wide[r, i] = (_wide(x[r, i]) * inverse + _ROUND) - _ROUND
+        else:
+            for i in range(width):
+                wide[r, i] = _wide(x[r, i])
+
+
+@_compiled
+def _product(x, w, channels, integers, out):  # type: ignore[no-untyped-def]
+    """Bits out [n, O] of bits x [n, in] times w [O, in]; `channels` float32 [O] scales, empty for 16-bit weights."""
+    n, width = x.shape
+    wide = np.empty((n, width), np.float32)
+    scale = np.empty(n, np.float32)
+    _tokens(x, integers, wide, scale)
+    y = np.empty((n, len(w)), np.float32)
+    dots._rows(wide, w, y)
+    for r in range(n):
+        if len(channels) == 0:
+            for o in range(len(w)):
+                out[r, o] = _narrow(y[r, o])
+        elif integers:
+            for o in range(len(w)):
+                out[r, o] = _narrow(_wide(_narrow(y[r, o] * channels[o])) * scale[r])
+        else:
+            for o in range(len(w)):
+                out[r, o] = _narrow(y[r, o] * channels[o])
+
+
+@_compiled
+def _pool(hidden, tokens, begin, counts, integers, up, up_scale, down, down_scale, act, gated, y):  # type: ignore[no-untyped-def]
+    """The rows of one precision's slots, from row `begin` on; `counts` has how many are each slot's."""
+    none = np.empty((0, 1), np.float32)[:, 0]
+    scaled = len(up_scale) > 0
+    for s in range(len(up)):
+        n = counts[s]
+        if n == 0:
+            continue
+        x = np.empty((n, hidden.shape[1]), np.uint16)
+        for r in range(n):
+            x[r] = hidden[tokens[begin + r]]
+        first = np.empty((n, up.shape[1]), np.uint16)
+        _product(x, up[s], up_scale[s, :, 0] if scaled else none, integers, first)
+        width = down.shape[2]
+        inner = np.empty((n, width), np.uint16)
+        for r in range(n):
+            for i in range(width):
+                a = act[first[r, i]]
+                inner[r, i] = _narrow(_wide(a) * _wide(first[r, width + i])) if gated else a
+        _product(inner, down[s], down_scale[s, :, 0] if scaled else none, integers, y[begin : begin + n])
+        begin += n
+
+
+@_compiled
+def _layer(  # type: ignore[no-untyped-def]
+    hidden, index, weights, length, offset, pattern, position, first, original, int8, weight_only, act, gated, out
+):
+    """All of a layer.
+
+    Args:
+        hidden: [T, H] bits.
+        index: int64 [T*k].
+        weights: float32 [T, k].
+        length: with `offset`, `pattern` and `position`, as `rows.sort_by_slot` has them.
+        offset: see `length`.
+        pattern: see `length`.
+        position: see `length`.
+        first: place of each precision's first slot in the order of the pools, three of them.
+        original: bits of up [n, O, H], no scales, bits of down [n, H, I], no scales.
+        int8: up, its scales [n, O, 1], down, its scales [n, H, 1] of the W8A8 slots.
+        weight_only: the same of the W8A16 slots.
+        act: uint16 [65536].
+        gated: whether the first product is the gate and, behind it, what is gated.
+        out: [T, H] bits, written.
+    """
+    n = len(index)
+    tokens, place = np.empty(n, np.int64), np.empty(n, np.int64)
+    counts = np.empty(len(position), np.int64)
+    rows.sort_by_slot(index, length, offset, pattern, position, tokens, place, counts, weights.shape[1])
+    begin = np.cumsum(counts) - counts
+    y = np.empty((n, hidden.shape[1]), np.uint16)
+    a, b, c = first
+    _pool(hidden, tokens, begin[a], counts[a:], False, *original, act, gated, y)
+    _pool(hidden, tokens, begin[b], counts[b:], True, *int8, act, gated, y)
+    _pool(hidden, tokens, begin[c], counts[c:], False, *weight_only, act, gated, y)
+    rows.combine(y, weights, place, out)
+
+
+def suits(slots: Slots, selections: int) -> bool:
+    """Whether a batch of so many selections (T k) is one for this path; `vector.suits` says whether the weights are."""
+    form = slots.layout.elementwise
+    if form is None or any(slots.layout.weight(name).out_axis != -2 for name in (form.up, form.down)):
+        return False
+    up, down = (slots.layout.weight(name).shape for name in (form.up, form.down))
+    return selections * (up[0] * up[1] + down[0] * down[1]) <= MOST and table(form) is not None
+
+
+def table(form: Elementwise) -> np.ndarray | None:
+    """Bits of the activation at each of the 65,536 bfloat16 values; None for one that is no function of one number."""
+    if form.act not in _tables:
+        _tables[form.act] = _tabulated(form.act)
+    return _tables[form.act]
+
+
+@torch.no_grad()
+def _tabulated(act: Any) -> np.ndarray | None:
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    found, turned = act(every), act(every.flip(0).view(256, 256)).view(-1).flip(0)
+    if found.dtype != torch.bfloat16 or not torch.allclose(found, turned, rtol=0.01, equal_nan=True):
+        return None
+    values = rows.bits(found)
+    return _distinct.setdefault(values.tobytes(), values)
+
+
+def forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Routed experts of one layer; see `experts.slots_forward` for arguments and result."""
+    form = slots.layout.elementwise
+    assert form is not None
+    pools = [
+        _stored(slots, form, name) if name in slots.table.pools else empty for name, empty in _EMPTY.items()
+    ]
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    _layer(
+        rows.bits(hidden.contiguous()), index.reshape(-1).numpy(), weights.float().contiguous().numpy(),
+        *slots.table.arrays, slots.table.firsts(PRECISIONS), *pools, table(form), form.gated, rows.bits(out),
+    )  # fmt: skip
+    return out
+
+
+def _stored(slots: Slots, form: Elementwise, precision: str) -> tuple[np.ndarray, ...]:
+    """Weight and scales of both products, as `_layer` takes them."""
+    parts = []
+    for name in (form.up, form.down):
+        stored = slots.stored(name, precision)
+        if precision == "original":
+            parts += [rows.bits(stored), _NONE]
+        else:
+            parts += [stored.numpy(), slots.stored(name, precision, "_scale").numpy()]
+    return tuple(parts)
