@@ -1,8 +1,8 @@
 """Packing the slots of a model for the CPU it is on, once, when the model has got them.
 
 A weight is packed where its dtype has matrix instructions on this processor and the model computes in bfloat16;
-elsewhere it stays a plain tensor, for products on vector instructions (x86), grouped ones (on a GPU), or the plain
-path. A log line says which.
+elsewhere it stays a plain tensor, for products on vector instructions (x86, float32 models too), grouped ones (on a
+GPU), or the plain path. A log line says which.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def pack_layers(layers: list[MoELayer]) -> int:
     vectors = sum(_on_vectors(layer) for layer in layers)
     if vectors:
         _log.info(
-            "experts of %d of %d layers run on float32 vector instructions: this processor has no matrix instructions "
-            "for bfloat16",
+            "experts of %d of %d layers run on float32 vector instructions: %s",
             vectors,
             len(layers),
+            _why_vectors(layers),
         )
     if slots > packed + on_gpu + vectors:
         _log.info(
-            "experts of %d layers run in plain operations: the kernels want a bfloat16 model without float16 slots, on "
-            "an x86 CPU or a GPU",
+            "experts of %d layers run in plain operations: the kernels want a bfloat16 model (on a CPU, float32 too) "
+            "without float16 slots, on an x86 CPU or a GPU",
             slots - packed - on_gpu - vectors,
         )
     return packed
@@ -77,7 +77,13 @@ def _on_gpu(layer: MoELayer) -> bool:
 
 def _on_vectors(layer: MoELayer) -> bool:
     slots: Slots | None = getattr(layer.experts, "equipoise_slots", None)
-    return slots is not None and slots.layout.dtype == torch.bfloat16 and vector.suits(slots)
+    return slots is not None and vector.suits(slots)
+
+
+def _why_vectors(layers: list[MoELayer]) -> str:
+    if layers[0].layout.dtype == torch.float32:
+        return "the model computes in float32"
+    return "this processor has no matrix instructions for bfloat16"
 
 
 def leave_file(model: nn.Module) -> None:

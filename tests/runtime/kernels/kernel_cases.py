@@ -15,8 +15,8 @@ from tiny import EXPERTS, FAMILIES
 KINDS = ["mixtral", "gpt_oss", "nemotron_h", "qwen2_moe"]
 
 
-def balanced(family: str, precisions: tuple[str, ...] = PACKABLE) -> Any:
-    model = FAMILIES[family](dtype=torch.bfloat16)
+def balanced(family: str, precisions: tuple[str, ...] = PACKABLE, dtype: torch.dtype = torch.bfloat16) -> Any:
+    model = FAMILIES[family](dtype=dtype)
     return apply(model, make_plan(model, lambda row: random_slots(row, precisions)))
 
 
@@ -27,5 +27,5 @@ def width(layer: MoELayer) -> int:
 
 def batch(layer: MoELayer, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, width(layer), generator=draw).bfloat16()
+    hidden = torch.randn(tokens, width(layer), generator=draw).to(layer.layout.dtype)
     return hidden, torch.randint(0, EXPERTS + 1, (tokens, 2), generator=draw), torch.rand(tokens, 2, generator=draw)

@@ -79,6 +79,23 @@ def test_integers_and_originals_are_the_formats_own_bits(family: str, precision:
                 torch.testing.assert_close(got, wanted, rtol=0.01, atol=0.01 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("family", KINDS)
+@torch.no_grad()
+def test_a_float32_model_runs_here_too(family: str):
+    for precision in few_rows.PRECISIONS:
+        for layer in find_layers(balanced(family, (precision,), torch.float32)):
+            slots = layer.experts.equipoise_slots
+            for tokens in (1, 3, 50):
+                case = batch(layer, tokens)
+                assert vector.is_ready(slots, case[0])
+                got, wanted = slots_forward(slots, *case), plain_forward(slots, *case)
+                assert got.dtype == torch.float32
+                if precision == "int8":
+                    assert torch.equal(got, wanted)
+                else:
+                    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
+
+
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=60), st.integers(2, 9))
 def test_shares_cover_every_tile_once(counts: list[int], threads: int):
     seen: list[tuple[int, int]] = []
@@ -129,6 +146,9 @@ def test_where_it_is_taken():
     for other in (torch.float32, torch.float16):
         assert not vector.is_ready(slots, torch.zeros(1, 8, dtype=other))
     assert not vector.is_ready(slots, torch.zeros(1, 8, dtype=torch.bfloat16, device="meta"))
+    wide = find_layers(balanced("mixtral", dtype=torch.float32))[0].experts.equipoise_slots
+    assert vector.is_ready(wide, torch.zeros(1, 8))
+    assert not vector.is_ready(wide, torch.zeros(1, 8, dtype=torch.bfloat16))
     half = find_layers(balanced("mixtral", ("float16",)))[0].experts.equipoise_slots
     assert not vector.is_ready(half, torch.zeros(1, 8, dtype=torch.bfloat16))
 
@@ -136,10 +156,12 @@ def test_where_it_is_taken():
 def test_what_runs_is_said(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="equipoise"):
         balanced("mixtral")
+        balanced("mixtral", dtype=torch.float32)
         apply(wide := FAMILIES["mixtral"](), make_plan(wide, lambda row: random_slots(row, ANY)))
-    first, second = caplog.messages
-    assert "on float32 vector instructions" in first
-    assert "in plain operations" in second
+    first, second, third = caplog.messages
+    assert "on float32 vector instructions: this processor" in first
+    assert "on float32 vector instructions: the model" in second
+    assert "in plain operations" in third
 
 
 @torch.no_grad()

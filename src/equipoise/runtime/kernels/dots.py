@@ -16,12 +16,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from equipoise.planning.kernels import compiled
+from equipoise.runtime.kernels.rows import _value
 
-_f32, _u32, _u16 = np.float32, np.uint32, np.uint16
+_f32 = np.float32
 
 TILE = 64
 """Channels of a tile, for weights [out, in]."""
@@ -29,18 +28,6 @@ WIDE_TILE = 512
 """Channels of a tile, for weights [in, out]."""
 
 _compiled: Any = partial(compiled, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
-
-
-def _value(stored):  # type: ignore[no-untyped-def]
-    """The float32 of a stored weight: bits of bfloat16 (uint16), or int8."""
-    raise NotImplementedError
-
-
-@overload(_value, inline="always")
-def _value_of(stored):  # type: ignore[no-untyped-def]
-    if stored == types.uint16:
-        return lambda stored: _u32(_u32(stored) << _u32(16)).view(_f32)
-    return lambda stored: _f32(stored)
 
 
 @_compiled

@@ -1,8 +1,8 @@
 """Compiled kernels over rows: sorting selections by slot, quantizing tokens, scaling, and the weighted sum over k.
 
-What the matrix products leave to do is bound by memory; as single passes over bfloat16 these cost a tenth to a half
-of the tensor operations they replace. bfloat16 comes and goes as its bits (uint16); arithmetic is float32, rounded to
-nearest even. Every kernel is serial and gives the same bits on every machine.
+What the matrix products leave to do is bound by memory; as single passes these cost a tenth to a half of the tensor
+operations they replace. Numbers are float32, or bfloat16 that comes and goes as its bits (uint16): arithmetic is
+float32, rounded to nearest even. Every kernel is serial and gives the same bits on every machine.
 
 Legend: T tokens, k selections a token, n rows (selections), S slots.
 """
@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import types
+from numba.extending import overload
 
 from equipoise.planning.kernels import compiled
 
@@ -40,6 +42,30 @@ def _narrow(value):  # type: ignore[no-untyped-def]
     return _u16(_u32(b + _u32(0x7FFF) + _u32(_u32(b >> _u32(16)) & _u32(1))) >> _u32(16))
 
 
+def _value(stored):  # type: ignore[no-untyped-def]
+    """The float32 of a stored number: bits of bfloat16 (uint16), float32, or int8."""
+    raise NotImplementedError
+
+
+@overload(_value, inline="always")
+def _value_of(stored):  # type: ignore[no-untyped-def]
+    if stored == types.uint16:
+        return lambda stored: _u32(_u32(stored) << _u32(16)).view(_f32)
+    return lambda stored: _f32(stored)
+
+
+def _rounded(value, like):  # type: ignore[no-untyped-def]
+    """A float32 as the array `like` holds it: bits of bfloat16, or itself."""
+    raise NotImplementedError
+
+
+@overload(_rounded, inline="always")
+def _rounded_as(value, like):  # type: ignore[no-untyped-def]
+    if like.dtype == types.uint16:
+        return lambda value, like: _narrow(value)
+    return lambda value, like: _f32(value)
+
+
 @_compiled
 def _scale(row):  # type: ignore[no-untyped-def]
     """The largest magnitude of a row of bits over 127, and its inverse; 0 where it is too small or not finite."""
@@ -54,6 +80,11 @@ def _scale(row):  # type: ignore[no-untyped-def]
 def bits(x: torch.Tensor) -> np.ndarray:
     """The bits of a bfloat16 tensor on the CPU, uint16, no copy."""
     return x.view(torch.uint16).numpy()
+
+
+def plain(x: torch.Tensor) -> np.ndarray:
+    """A tensor on the CPU as the kernels take it, no copy: bits of bfloat16, others as they are."""
+    return bits(x) if x.dtype == torch.bfloat16 else x.numpy()
 
 
 @_compiled
@@ -162,7 +193,7 @@ def scale_rows(x, scale):  # type: ignore[no-untyped-def]
 
 @_compiled
 def scale_products(y, scale, place, begin, count, tokens, out):  # type: ignore[no-untyped-def]
-    """Sums of int8 products times their scales, as bits.
+    """Sums of int8 products times their scales.
 
     Args:
         y: float32 [n, out].
@@ -170,8 +201,8 @@ def scale_products(y, scale, place, begin, count, tokens, out):  # type: ignore[
         place: int64 [N], slot of each segment.
         begin: int64 [N], its first row.
         count: int64 [N], its rows.
-        tokens: float32 [n] scales, rounded to bfloat16 in between as `formats.Int8.linear` does; empty without.
-        out: [n, out] bits, written.
+        tokens: float32 [n] scales, rounded in between as `formats.Int8.linear` does; empty without.
+        out: [n, out], written.
     """
     for s in range(len(place)):
         channels = scale[place[s]]
@@ -179,10 +210,10 @@ def scale_products(y, scale, place, begin, count, tokens, out):  # type: ignore[
             if len(tokens):
                 t = tokens[r]
                 for i in range(len(channels)):
-                    out[r, i] = _narrow(_wide(_narrow(y[r, i] * channels[i])) * t)
+                    out[r, i] = _rounded(_value(_rounded(y[r, i] * channels[i], out)) * t, out)
             else:
                 for i in range(len(channels)):
-                    out[r, i] = _narrow(y[r, i] * channels[i])
+                    out[r, i] = _rounded(y[r, i] * channels[i], out)
 
 
 @_compiled
@@ -200,10 +231,10 @@ def combine(y, weights, place, out):  # type: ignore[no-untyped-def]
     """out[t] = sum_j weights[t, j] * y[place[t, j]], in the order of j, rounded once.
 
     Args:
-        y: [n, H] bits.
+        y: [n, H].
         weights: float32 [T, k].
         place: int64 [T*k]; -1 for a dropped selection.
-        out: [T, H] bits, written.
+        out: [T, H], written.
     """
     tokens, width = out.shape
     k = weights.shape[1]
@@ -215,6 +246,6 @@ def combine(y, weights, place, out):  # type: ignore[no-untyped-def]
             if p >= 0:
                 w = weights[t, j]
                 for i in range(width):
-                    total[i] += w * _wide(y[p, i])
+                    total[i] += w * _value(y[p, i])
         for i in range(width):
-            out[t, i] = _narrow(total[i])
+            out[t, i] = _rounded(total[i], out)

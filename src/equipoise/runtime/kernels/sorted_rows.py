@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from equipoise.formats import quantize_rows
 from equipoise.models.layout import Weight
 from equipoise.runtime.kernels import rows
 
@@ -45,8 +46,11 @@ class Digits:
 
     @staticmethod
     def of(x: torch.Tensor, digits: int) -> Digits:
-        """Quantize the rows of a bfloat16 tensor."""
+        """Quantize the rows of a tensor: bfloat16, or with one digit float32."""
         x = x.contiguous()
+        if x.dtype == torch.float32:
+            whole, scales = quantize_rows(x)
+            return Digits(whole[None], scales.view(-1))
         q = torch.empty((digits, *x.shape), dtype=torch.int8)
         scale = torch.empty(len(x))
         if digits == 1:
@@ -73,7 +77,7 @@ class Products(ABC):
 
     @abstractmethod
     def product(self, weight: Weight, x: torch.Tensor | Digits) -> torch.Tensor:
-        """bfloat16 [rows, out] of the group's rows [rows, in]."""
+        """[rows, out] of the group's rows [rows, in], in the dtype of the batch."""
 
     def linear(self, name: str, x: torch.Tensor | Digits) -> torch.Tensor:
         """[rows, out] of [rows, in], the bias included."""
@@ -109,7 +113,7 @@ def sorted_forward(
             y[done : done + total] = slots.layout.compute(x, group.linear)[0]  # type: ignore[arg-type]
             done += total
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    rows.combine(rows.bits(y), weights.float().contiguous().numpy(), place, rows.bits(out))
+    rows.combine(rows.plain(y), weights.float().contiguous().numpy(), place, rows.plain(out))
     return out
 
 

@@ -1,9 +1,10 @@
-"""Products on plain weights with float32 vector instructions: CPUs that have no matrix instructions for bfloat16.
+"""Products on plain weights with float32 vector instructions: float32 models, and CPUs without better for bfloat16.
 
-There torch's own bfloat16 products run at an eighth of the float32 rate (AVX2). Weights stay as they are stored
-(`dots`), so memory is that of the plan, and each product of a pool is one call, shared out over torch's threads.
+Without matrix instructions torch's own bfloat16 products run at an eighth of the float32 rate (AVX2). Weights stay as
+they are stored (`dots`), so memory is that of the plan, and each product of a pool is one call, shared out over torch's
+threads.
 
-    original            tokens widened to float32; rounded to bfloat16 at the end
+    original            tokens widened to float32, rounded at the end (many rows in float32: torch's own product)
     int8                tokens quantized once; integers summed exactly in float32, then the scales as `formats.Int8` has
                         them
     int8_weight_only    tokens widened; the channel's scale after the sum, rounded once
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 SHARED_FROM = 1 << 22
 """Multiplications from which a product is shared out over threads: below, handing over costs more."""
+MATRIX_FROM = 64
+"""Rows a slot from which torch's float32 product is as fast: below it is bound by the weights, and waits more."""
 _NONE = np.empty(0, np.float32)
 
 
@@ -49,28 +52,43 @@ class PlainProducts(Products):
         return Digits.of(hidden, 1) if precision == "int8" else hidden
 
     def product(self, weight: Weight, x: torch.Tensor | Digits) -> torch.Tensor:
-        """bfloat16 [rows, out] of the group's rows [rows, in]."""
+        """[rows, out] of the group's rows [rows, in], in the dtype of the batch."""
+        dtype = self.slots.layout.dtype
+        if self.precision == "original" and dtype == torch.float32 and len(x) >= MATRIX_FROM * len(self.segments):
+            return self._matrix_products(weight, x)  # type: ignore[arg-type]
         if self.precision == "int8" and not isinstance(x, Digits):
             x = Digits.of(x, 1)
-        wide = (x.q[0] if isinstance(x, Digits) else x).float().contiguous()
+        y = self._sums(weight, (x.q[0] if isinstance(x, Digits) else x).float().contiguous())
+        if self.precision == "original":
+            return y.to(dtype)
+        scales = self.slots.stored(weight.name, self.precision, "_scale").detach().view(-1, y.shape[1])
+        tokens = x.scale.numpy() if isinstance(x, Digits) else _NONE
+        out = torch.empty(y.shape, dtype=dtype)
+        rows.scale_products(y.numpy(), scales.numpy(), *self._where, tokens, rows.plain(out))
+        return out
+
+    def _matrix_products(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+        """float32 rows and weights."""
         stored = self.slots.stored(weight.name, self.precision)
+        y = torch.empty((len(x), stored.shape[weight.out_axis]))
+        for s in self.segments:
+            matrix = stored[s.place].mT if weight.out_axis == -2 else stored[s.place]
+            torch.mm(x[s.begin : s.begin + s.count], matrix, out=y[s.begin : s.begin + s.count])
+        return y
+
+    def _sums(self, weight: Weight, wide: torch.Tensor) -> torch.Tensor:
+        """Products of float32 rows with what is stored, before any scale: float32 [rows, out]."""
+        stored = self.slots.stored(weight.name, self.precision).detach()
         channels = stored.shape[weight.out_axis]
         kernel, tile = (dots.by_rows, dots.TILE) if weight.out_axis == -2 else (dots.by_columns, dots.WIDE_TILE)
         y = torch.empty((len(wide), channels))
-        plain = stored.detach().numpy() if stored.dtype == torch.int8 else rows.bits(stored.detach())
-        arguments = wide.numpy(), plain, *self._where, y.numpy()
+        arguments = wide.numpy(), rows.plain(stored), *self._where, y.numpy()
         tiles = -(-channels // tile)
         if wide.numel() * channels < SHARED_FROM or torch.get_num_threads() == 1:
             kernel(*arguments, 0, tiles * len(self.segments))
         else:
             _share_out(lambda first, last: kernel(*arguments, first, last), self._where[2].repeat(tiles))
-        if self.precision == "original":
-            return y.to(torch.bfloat16)
-        out = torch.empty(y.shape, dtype=torch.bfloat16)
-        scales = self.slots.stored(weight.name, self.precision, "_scale").detach().view(-1, channels)
-        tokens = x.scale.numpy() if isinstance(x, Digits) else _NONE
-        rows.scale_products(y.numpy(), scales.numpy(), *self._where, tokens, rows.bits(out))
-        return out
+        return y
 
 
 def _share_out(run: Callable[[int, int], None], rows_of_tile: np.ndarray) -> None:
@@ -96,16 +114,20 @@ def _pool(process: int, workers: int) -> ThreadPoolExecutor:
 
 def is_ready(slots: Slots, hidden: torch.Tensor) -> bool:
     """Whether this layer and batch can take the path."""
-    return hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and suits(slots)
+    return hidden.dtype == slots.layout.dtype and hidden.device.type == "cpu" and suits(slots)
 
 
 def suits(slots: Slots) -> bool:
-    """Whether the weights of a layer can: 16-bit and int8 slots in plain tensors, on an x86 processor."""
-    return suits_processor() and all(
-        precision in few_rows.PRECISIONS and _is_plain(slots.stored(weight.name, precision))
-        for weight in slots.layout.weights
-        if weight.quantizable
-        for precision in slots.table.pools
+    """Whether a layer can: bfloat16 or float32, its slots that or int8, in plain tensors, on an x86 processor."""
+    return (
+        slots.layout.dtype in (torch.bfloat16, torch.float32)
+        and suits_processor()
+        and all(
+            precision in few_rows.PRECISIONS and _is_plain(slots.stored(weight.name, precision), slots.layout.dtype)
+            for weight in slots.layout.weights
+            if weight.quantizable
+            for precision in slots.table.pools
+        )
     )
 
 
@@ -115,13 +137,13 @@ def suits_processor() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
-def _is_plain(stored: torch.Tensor) -> bool:
-    kind = stored.dtype in (torch.bfloat16, torch.int8)
+def _is_plain(stored: torch.Tensor, dtype: torch.dtype) -> bool:
+    kind = stored.dtype in (dtype, torch.int8)
     return kind and stored.device.type == "cpu" and not isinstance(stored, PackedWeight)
 
 
 def forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Routed experts of one layer; see `experts.slots_forward` for arguments and result."""
-    if few_rows.suits(slots, index.numel()):
+    if hidden.dtype == torch.bfloat16 and few_rows.suits(slots, index.numel()):
         return few_rows.forward(slots, hidden, index, weights)
     return sorted_forward(slots, hidden, index, weights, PlainProducts)
