@@ -29,15 +29,14 @@ import data
 import numpy as np
 import torch
 from ablation import removal_losses
+from acceptance import accuracies, perplexities, removals, routing, show, verdict
 from answers import accuracy
 
 import equipoise as eq
 from equipoise.errors import InputError
 from equipoise.evaluation.data import Batch
-from equipoise.evaluation.paired import Measure, compare
-from equipoise.evaluation.perplexity import TextResult, evaluate_text, half_width, paired_difference
+from equipoise.evaluation.perplexity import evaluate_text
 from equipoise.files.atomic import atomic_file
-from equipoise.metrics import lis
 from equipoise.models.loading import load_model
 
 TASKS = ("piqa", "hellaswag", "arc_easy")
@@ -80,105 +79,6 @@ def small(batch: Batch, rows: int = 8) -> list[Batch]:
         Batch({k: v[n : n + rows] for k, v in batch.items()}, batch.domains[n : n + rows])
         for n in range(0, len(batch.domains), rows)
     ]
-
-
-def perplexities(dense: dict[str, Any], moe: dict[str, Any]) -> dict[str, Any]:
-    """Both models' perplexity, change with interval, and LIS, by domain."""
-    results = [
-        TextResult(np.array(m["nll"]), np.array(m["tokens"], dtype=np.int64), tuple(m["domains"])) for m in (dense, moe)
-    ]
-    before, after = (result.by_domain() for result in results)
-    table = {}
-    for place, domain in enumerate(data.DOMAINS):
-        change, (low, high) = paired_difference(before[domain], after[domain])
-        table[domain] = {
-            "dense": before[domain].perplexity, "moe": after[domain].perplexity, "change_percent": change,
-            "low": low, "high": high, "windows": len(before[domain].nll),
-            "lis": float(lis(moe["counts"][place]).mean()),
-        }  # fmt: skip
-    return table
-
-
-def routing(counts: Any) -> dict[str, Any]:
-    """How many experts are the heavy hitter of some domain, layer by layer, from selections [domains, L, E]."""
-    heavy = np.asarray(counts).argmax(-1)
-    distinct = [len(set(column)) for column in heavy.T]
-    pooled = np.asarray(counts).sum(0)
-    return {
-        "distinct_heavy_hitters": distinct,
-        "layers_that_change": int(sum(d > 1 for d in distinct)),
-        "layers": len(distinct),
-        "lis_all_domains": float(lis(pooled).mean()),
-        "smallest_share": float((pooled / pooled.sum(-1, keepdims=True)).min()),
-    }
-
-
-def removals(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rise of the loss when one expert is removed: nats a token, with the interval over windows."""
-    rows = []
-    for layer, losses in values.items():
-        whole = np.array(losses["whole"])
-        for expert, removed in enumerate(losses["removed"]):
-            change = np.array(removed) - whole
-            half = half_width(change)
-            domain = max(data.DOMAINS, key=lambda d: change[np.array(losses["domains"]) == d].mean())
-            rows.append({
-                "layer": int(layer), "expert": expert, "rise": float(change.mean()), "low": float(change.mean() - half),
-                "high": float(change.mean() + half), "most": domain,
-                "most_rise": float(change[np.array(losses["domains"]) == domain].mean()),
-            })  # fmt: skip
-    return rows
-
-
-def accuracies(dense: dict[str, Any], moe: dict[str, Any]) -> dict[str, Any]:
-    """Both models' accuracy in percent and the paired change in points, by task and metric."""
-    table: dict[str, Any] = {}
-    for task in dense:
-        for metric in dense[task]:
-            before, after = (
-                Measure("share", np.array(m[task][metric]), np.ones(len(m[task][metric]))) for m in (dense, moe)
-            )
-            change = compare(before, after)
-            table.setdefault(task, {})[metric] = {
-                "dense": 100 * before.value, "moe": 100 * after.value, "change_points": change.value,
-                "low": change.low, "high": change.high, "items": change.n,
-            }  # fmt: skip
-    return table
-
-
-def verdict(result: dict[str, Any]) -> dict[str, bool]:
-    """The bars."""
-    rises = [row["low"] > 0 for row in result["experts"]]
-    return {
-        "accuracy": all(task["acc"]["change_points"] >= -1.0 and task["acc"]["items"] >= 1000
-                        for task in result["accuracy"].values()),
-        "perplexity": sum(row["moe"] < row["dense"] for row in result["perplexity"].values()) >= 5,
-        "experts": sum(rises) > len(rises) / 2,
-        "routing": result["routing"]["layers_that_change"] > result["routing"]["layers"] / 2,
-    }  # fmt: skip
-
-
-def show(result: dict[str, Any]) -> None:
-    """The tables, in Markdown."""
-    print("| task | items | dense | MoE | change, points | dense, normalised | MoE, normalised | change, points |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for task, row in result["accuracy"].items():
-        cells = [f"{m['dense']:.1f} | {m['moe']:.1f} | {m['change_points']:+.1f} [{m['low']:+.1f}, {m['high']:+.1f}]"
-                 for m in (row["acc"], row["acc_norm"])]  # fmt: skip
-        print(f"| {task} | {row['acc']['items']} | {cells[0]} | {cells[1]} |")
-    print("\n| domain | windows | dense perplexity | MoE perplexity | change, % | LIS |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for domain, row in result["perplexity"].items():
-        print(f"| {domain} | {row['windows']} | {row['dense']:.2f} | {row['moe']:.2f} | "
-              f"{row['change_percent']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}] | {row['lis']:.2f} |")  # fmt: skip
-    print("\n| layer | expert removed | rise of the loss, nats | largest in | there |")
-    print("|---:|---:|---:|---|---:|")
-    for row in result["experts"]:
-        print(f"| {row['layer']} | {row['expert']} | {row['rise']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] | "
-              f"{row['most']} | {row['most_rise']:+.4f} |")  # fmt: skip
-    about = result["routing"]
-    print(f"\nThe heavy hitter changes between domains in {about['layers_that_change']} of {about['layers']} layers;")
-    print(f"distinct ones of {len(data.DOMAINS)} domains, by layer: {about['distinct_heavy_hitters']}.")
 
 
 def kept(directory: Path, name: str, key: str, measure: Callable[[], Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import data
 import numpy as np
@@ -24,6 +24,8 @@ class Options:
     minutes: float = 70.0
     steps: int = 0
     scale: int = 1
+    by_size: float = 0.0
+    windows: tuple[tuple[str, int], ...] = ()
     experts: int = 8
     top_k: int = 2
     rank: int = 16
@@ -46,8 +48,34 @@ class Options:
 
     @property
     def plan(self) -> tuple[str, ...]:
-        """The windows of a step, `scale` of each of `PLAN`."""
-        return tuple(stream for stream in PLAN for _ in range(self.scale))
+        """The windows of a step, `scale` of each of `PLAN`, or as `sized` has them."""
+        windows = self.windows or tuple((stream, self.scale) for stream in PLAN)
+        return tuple(stream for stream, number in windows for _ in range(number))
+
+
+def sized(options: Options, tokens: dict[str, np.ndarray]) -> Options:
+    """The options with as many windows of a stream in a step as its size asks for, where `by_size` is not 0.
+
+    A step has as many windows as before and as many own samples. Of the rest each stream has at least one, and what is
+    left follows size ** `by_size`: at 0 all streams have as many and the small ones are read often, at 1 all are read
+    equally often.
+
+    Args:
+        options: of the run.
+        tokens: `<stream>.train` of every stream.
+    """
+    if not options.by_size:
+        return options
+    streams = [stream for stream in PLAN if stream != "own"]
+    weight = np.array([float(len(tokens[f"{stream}.train"])) for stream in streams]) ** options.by_size
+    quota = weight / weight.sum() * (len(streams) * options.scale)
+    number = np.maximum(np.floor(quota), 1).astype(int)
+    while (left := len(streams) * options.scale - number.sum()) > 0:
+        number[np.argsort(number - quota, kind="stable")[:left]] += 1
+    while number.sum() > len(streams) * options.scale:
+        number[np.argmax(np.where(number > 1, number - quota, -np.inf))] -= 1
+    own = PLAN.count("own") * options.scale
+    return replace(options, windows=(("own", own), *zip(streams, number.tolist(), strict=True)))
 
 
 def batch(tokens: dict[str, np.ndarray], step: int, options: Options) -> torch.Tensor:

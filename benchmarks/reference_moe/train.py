@@ -8,7 +8,8 @@ the learning rate follows the share of the budget that is used up. The budget is
 whatever else the machine does, or a number of steps. `--start` begins with the weights of an artifact (and fresh
 moments of the optimizer) instead of new routers and differences of zero.
 
-A step has one window of each domain, one of questions and two that the dense model wrote itself, `--scale` times:
+A step has one window of each domain, one of questions and two that the dense model wrote itself, `--scale` times
+(`--by-size` gives large domains more of them, so that small ones are not read over and over):
 
     domains             cross-entropy
     web, questions      half cross-entropy, half divergence from the dense model
@@ -51,7 +52,7 @@ import torch  # noqa: E402
 from dense import load_dense  # noqa: E402
 from losses import HeadLoss  # noqa: E402
 from model import Upcycled, fill  # noqa: E402
-from recipe import ALPHA, BETA, PLAN, Options, batch, rate, spent  # noqa: E402
+from recipe import ALPHA, BETA, Options, batch, rate, sized, spent  # noqa: E402
 from samples import own_samples  # noqa: E402
 
 from equipoise.errors import InputError  # noqa: E402
@@ -197,14 +198,15 @@ def train(
         recent.append((torch.stack([nll, kl]), load))
         if step % 10 == 0:
             # Read on the host here and not at every step, so that a GPU never waits for it.
-            means = torch.stack([own for own, _ in recent]).mean(0).view(2, len(PLAN), -1).mean(-1)
-            loads = torch.stack([own for _, own in recent]).sum(0)
-            loads = loads.view(len(loads), len(PLAN), options.scale, -1).sum(2).cpu()
-            uneven = [round(float(v), 2) for v in lis(loads.numpy()).mean(0)]
+            means = torch.stack([own for own, _ in recent]).mean(0).cpu()
+            loads = torch.stack([own for _, own in recent]).sum(0).cpu()
+            streams = np.array(options.plan)
+            by_stream = {name: np.flatnonzero(streams == name) for name in dict.fromkeys(options.plan)}
             note(work, {
                 "step": step, "seconds": round(time.monotonic() - begin), "lr": factor, "norm": float(norm),
-                "nll_kl": {s: [round(float(v), 4) for v in means[:, i]] for i, s in enumerate(PLAN)},
-                "balance": float(balance.detach()), "lis": dict(zip(PLAN, uneven, strict=True)),
+                "nll_kl": {s: [round(float(v), 4) for v in means[:, i].mean(1)] for s, i in by_stream.items()},
+                "balance": float(balance.detach()),
+                "lis": {s: round(float(lis(loads[:, i].sum(1).numpy()).mean()), 2) for s, i in by_stream.items()},
                 "lis_all": float(lis(loads.sum(1).numpy()).mean()),
             })  # fmt: skip
             recent.clear()
@@ -214,20 +216,6 @@ def train(
     save(work, model, optimizer, step, time.monotonic() - begin, options)
     note(work, {"step": step, "held_out": validate(model, loss, tokens, options)})
     return step
-
-
-def noted(
-    work: Path,
-    model: Upcycled,
-    loss: HeadLoss,
-    tokens: dict[str, np.ndarray],
-    options: Options,
-    step: int,
-    begin: float,
-) -> None:
-    """The held-out loss into the log."""
-    held = validate(model, loss, tokens, options)
-    note(work, {"step": step, "seconds": round(time.monotonic() - begin), "held_out": held})
 
 
 def save(work: Path, model: Upcycled, optimizer: Any, step: int, seconds: float, options: Options) -> None:
@@ -263,6 +251,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=Options.minutes, help="wall time of training")
     parser.add_argument("--steps", type=int, default=Options.steps, help="end after so many steps instead")
     parser.add_argument("--scale", type=int, default=Options.scale, help="windows of each kind in a step")
+    parser.add_argument("--by-size", type=float, default=Options.by_size,
+                        help="power of a stream's size that its windows follow (0: all have as many)")  # fmt: skip
     parser.add_argument("--own-passes", type=int, default=Options.own_passes, help="own samples for each opening")
     parser.add_argument("--start", type=Path, help="artifact to begin with (without a checkpoint)")
     parser.add_argument("--drop", type=float, default=Options.drop, help="share of the neurons that an expert lacks")
@@ -275,7 +265,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     options = Options(
         minutes=arguments.minutes, steps=arguments.steps, scale=arguments.scale, own_passes=arguments.own_passes,
-        drop=arguments.drop, validate_seconds=arguments.validate_seconds,
+        drop=arguments.drop, validate_seconds=arguments.validate_seconds, by_size=arguments.by_size,
     )  # fmt: skip
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
@@ -289,6 +279,7 @@ def main() -> None:
         print(json.dumps({"prepared": str(arguments.work)}))
         return
     loss = HeadLoss(model.embedding, compiled, chunk=255 if arguments.device == "cpu" else 2550)
+    options = sized(options, tokens)
     steps = train(model, loss, tokens, arguments.work, options, arguments.start)
     made = {"steps": steps, "tokens": steps * len(options.plan) * options.length, "work": str(arguments.work)}
     print(json.dumps(made))

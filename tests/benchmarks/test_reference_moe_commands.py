@@ -101,7 +101,7 @@ def test_a_budget_of_steps_with_several_windows_of_a_kind(tmp_path):
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     (own,) = [entry for entry in entries if "nll_kl" in entry]
     assert own["step"] == 10
-    assert set(own["lis"]) == set(own["nll_kl"]) == set(train.PLAN)
+    assert set(own["lis"]) == set(own["nll_kl"]) == set(scripts.recipe.PLAN)
     assert all(1 <= value <= 2 for value in own["lis"].values())  # 4 experts, 2 chosen
     assert own["nll_kl"]["own"][1] > 0  # the streams with a teacher come first, and only they diverge from it
     assert own["nll_kl"]["fiction"][1] == 0
@@ -158,8 +158,8 @@ def test_a_step_lowers_the_loss_of_its_own_batch():
         (total + 0.003 * balance).backward()
         optimizer.step()
     assert totals == sorted(totals, reverse=True)
-    assert nll.shape == kl.shape == (len(train.PLAN),)
-    assert loads.shape == (3, len(train.PLAN), 4)
+    assert nll.shape == kl.shape == (len(scripts.recipe.PLAN),)
+    assert loads.shape == (3, len(scripts.recipe.PLAN), 4)
     assert not kl[4:].any()
 
 

@@ -117,3 +117,23 @@ def test_the_first_expert_has_the_weight_asked_for(sharpness):
     router = scripts.routers.start_router(x, domain, 4, np.random.default_rng(0), components=6, sharpness=sharpness)
     top = np.sort(x @ router.T, 1)[:, -2:]
     assert abs((1 / (1 + np.exp(top[:, 0] - top[:, 1]))).mean() - sharpness) < 1e-3
+
+
+@given(
+    st.lists(st.integers(300, 3_000_000), min_size=8, max_size=8), st.integers(1, 6), st.sampled_from([0.3, 0.5, 1.0])
+)
+def test_windows_that_follow_the_size_of_a_stream(sizes, scale, power):
+    recipe = scripts.recipe
+    streams = [stream for stream in recipe.PLAN if stream != "own"]
+    tokens = {f"{stream}.train": np.zeros(size, np.int32) for stream, size in zip(streams, sizes, strict=True)}
+    options = recipe.Options(scale=scale, by_size=power)
+    sized = recipe.sized(options, tokens)
+    assert len(sized.plan) == len(options.plan)
+    assert sized.plan.count("own") == options.plan.count("own")
+    counts = [sized.plan.count(stream) for stream in streams]
+    assert min(counts) >= 1
+    order = np.argsort(sizes, kind="stable")
+    assert all(counts[a] <= counts[b] + 1 for a, b in itertools.pairwise(order))
+    assert recipe.sized(recipe.Options(scale=scale), tokens).plan == options.plan
+    taught = [stream in recipe.BETA for stream in sized.plan]
+    assert taught == sorted(taught, reverse=True)

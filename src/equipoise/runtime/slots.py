@@ -116,9 +116,7 @@ class SlotTable:
 
     def firsts(self, precisions: tuple[str, ...]) -> tuple[int, ...]:
         """Place of the first slot of each precision in the order of the pools; 0 for one that no slot has."""
-        return tuple(
-            int(self._position[self.pools[name][0]]) if name in self.pools else 0 for name in precisions
-        )
+        return tuple(int(self._position[self.pools[name][0]]) if name in self.pools else 0 for name in precisions)
 
     def _tensors(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         if device not in self._on:

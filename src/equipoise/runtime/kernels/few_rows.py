@@ -177,9 +177,7 @@ def forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weights: to
     """Routed experts of one layer; see `experts.slots_forward` for arguments and result."""
     form = slots.layout.elementwise
     assert form is not None
-    pools = [
-        _stored(slots, form, name) if name in slots.table.pools else empty for name, empty in _EMPTY.items()
-    ]
+    pools = [_stored(slots, form, name) if name in slots.table.pools else empty for name, empty in _EMPTY.items()]
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     _layer(
         rows.bits(hidden.contiguous()), index.reshape(-1).numpy(), weights.float().contiguous().numpy(),
