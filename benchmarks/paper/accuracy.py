@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from lm_eval import evaluator
 
-from equipoise.evaluation.harness import load_tasks
+from equipoise.evaluation.harness import TASKS, load_tasks
 from equipoise.evaluation.harness_model import HarnessModel
 from equipoise.evaluation.paired import Difference, Measure, compare, pool
 
@@ -38,7 +38,9 @@ def neighbour(folder: str, name: str) -> Any:
     return sys.modules[known]
 
 
-def answered(loaded: Any, task: str, data: Path, limit: int, packed: bool, rows: int = ROWS) -> dict[str, list[float]]:
+def answered(
+    loaded: Any, task: str, data: Path, limit: int, packed: bool, rows: int = ROWS, subjects: int = 0
+) -> dict[str, list[float]]:
     """Right (1) or wrong (0) for each document, by task name (of `mmlu`, by subject).
 
     Args:
@@ -49,8 +51,9 @@ def answered(loaded: Any, task: str, data: Path, limit: int, packed: bool, rows:
         packed: the answers to a question in one row. Not with LASER: it has to tell padding, which a packed row's
             mask does not show, and the load it routes by would be that of another batch than the harness's.
         rows: a forward.
+        subjects: so many of `mmlu`'s, evenly spread (0: all).
     """
-    tasks = load_tasks([task], data)
+    tasks = load_tasks(members(task, subjects), data)
     kind = neighbour("reference_moe", "answers").PackedModel if packed else HarnessModel
     model = kind(loaded, rows)
     with redirect_stdout(sys.stderr):
@@ -59,6 +62,14 @@ def answered(loaded: Any, task: str, data: Path, limit: int, packed: bool, rows:
         name: [float(s["acc"]) for s in sorted(samples, key=lambda s: s["doc_id"])]
         for name, samples in out["samples"].items()
     }
+
+
+def members(task: str, subjects: int) -> list[str]:
+    """The task itself, or at most so many of `mmlu`'s subjects, evenly spread (0: all)."""
+    if task != "mmlu" or not subjects:
+        return [task]
+    every = sorted(path.stem for path in TASKS.glob("mmlu/mmlu_*.yaml"))
+    return every[:: -(-len(every) // subjects)]
 
 
 def measure_of(values: dict[str, list[float]]) -> Measure:

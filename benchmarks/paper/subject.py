@@ -84,9 +84,11 @@ class Sizes:
 
 
 QUICK = Sizes(
-    prompts=60, lis=10, lis_rerouted=10, items=24, others=24, subject_items=1, subject_others=1, rerouted=8,
-    subject_rerouted=1, windows=3, laser_windows=6,
+    prompts=32, lis=3, lis_rerouted=3, items=6, others=6, subject_items=1, subject_others=1, rerouted=3,
+    subject_rerouted=1, windows=1, laser_windows=1,
 )  # fmt: skip
+QUICK_PROMPT, QUICK_REST, QUICK_SUBJECTS = 64, 4, 7
+"""Of the quick form: tokens of a prompt where it is not cut into windows; windows of the rest; subjects of MMLU."""
 LARGE = Sizes(
     lis_rerouted=60, items=2500, others=2500, subject_items=60, subject_others=60, rerouted=200, subject_rerouted=8
 )
@@ -143,9 +145,12 @@ class Subject:
         return least if self.device.type == "cpu" else max(least, WIDE)
 
     @functools.cache  # noqa: B019 - one subject a run
+    def _whole(self, task: str) -> list[list[int]]:
+        return prompts.prompts(task, self.data, self.tokenizer, self.sizes.prompts)
+
     def prompts(self, task: str) -> list[list[int]]:
         """Token ids of a task's prompts; the first tenth is for calibration."""
-        return prompts.prompts(task, self.data, self.tokenizer, self.sizes.prompts)
+        return [row[:QUICK_PROMPT] for row in self._whole(task)] if self.quick else self._whole(task)
 
     def routing(self, task: str) -> IntArray:
         """Selections of each prompt of a task in the original model: int64 [P, L, E]."""
@@ -169,10 +174,12 @@ class Subject:
             part: `calibration`, or as many prompts of each task of the `rest`.
             most: so many windows, spread evenly (0 = all).
         """
+        if self.quick and part == "rest":
+            most = most or QUICK_REST
         rows: list[list[int]] = []
         names: list[str] = []
         for task in prompts.TASKS:
-            own = self.prompts(task)
+            own = self._whole(task)
             first = prompts.calibration(len(own))
             chosen = own[:first] if part == "calibration" else own[first : 2 * first]
             made = prompts.joined(chosen, WINDOW, self.tokenizer.eos_token_id)
@@ -192,7 +199,7 @@ class Subject:
             made = eq.profile(
                 self.model("original").model, self.windows(),
                 ProfileOptions(
-                    importance_tokens=512 if self.quick else 8192, layer_tokens=256 if self.quick else 2048,
+                    importance_tokens=512 if self.quick else 8192, layer_tokens=0 if self.quick else 2048,
                     low_precision="int8",
                 ),
                 model_name=self.moe.name, data="the first tenth of each task's prompts",

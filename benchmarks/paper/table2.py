@@ -24,7 +24,7 @@ import torch
 from drawing import save
 from prompts import TITLES
 from sections import Section, interval, picture, table
-from subject import VARIANTS, Subject
+from subject import QUICK_SUBJECTS, VARIANTS, Subject
 
 import equipoise as eq
 from equipoise.evaluation.paired import compare
@@ -38,7 +38,7 @@ def measure_lis(subject: Subject, variant: str, task: str, count: int) -> dict[s
     rows = own[prompts.calibration(len(own)) :][:count]
     with subject.variant(variant) as loaded:
         experts = find_layers(loaded.model)[0].num_experts
-        layers = slot_counts(loaded.model, rows, 1 if variant.endswith("laser") else subject.rows(1))
+        layers = slot_counts(loaded.model, rows, 1 if variant.endswith("laser") else subject.rows(8))
     lis = np.array([[eq.slot_lis(counts, experts) for counts in prompt] for prompt in zip(*layers, strict=True)])
     total = float(np.mean([eq.slot_lis(counts.sum(0), experts) for counts in layers]))
     return {"prompts": len(rows), "tokens": sum(map(len, rows)), "each": lis.mean(1).tolist(), "task": total}
@@ -82,7 +82,9 @@ def measure_accuracy(subject: Subject, variant: str, task: str, limit: int) -> d
     with subject.variant(variant) as loaded:
         packed = not variant.endswith("laser")
         rows = subject.rows(accuracy.ROWS) if packed else accuracy.ROWS
-        return accuracy.answered(loaded, task, subject.data, limit, packed, rows)
+        return accuracy.answered(
+            loaded, task, subject.data, limit, packed, rows, QUICK_SUBJECTS if subject.quick else 0
+        )
 
 
 def measure(subject: Subject) -> dict[str, Any]:

@@ -134,3 +134,13 @@ def test_the_large_form_is_as_large_as_the_full_form():
     assert large.items > full.items
     assert large.subject_items > full.subject_items
     assert (large.prompts, large.windows, large.laser_windows) == (full.prompts, full.windows, full.laser_windows)
+
+
+def test_the_quick_form_asks_some_subjects():
+    every = paper.accuracy.members("mmlu", 57)
+    assert len(every) == 57
+    some = paper.accuracy.members("mmlu", 7)
+    assert len(some) == 7
+    assert set(some) < set(every)
+    assert paper.accuracy.members("mmlu", 0) == ["mmlu"]
+    assert paper.accuracy.members("piqa", 7) == ["piqa"]

@@ -72,6 +72,7 @@ class SlotTable:
         precision: precision of each slot.
         pool_index: place of each slot in the pool of its precision.
         pools: slots of each precision, in order; `original` is the first.
+        firsts: place of each pool's first slot in the order of the pools.
     """
 
     def __init__(self, layer: LayerPlan) -> None:
@@ -90,6 +91,7 @@ class SlotTable:
         # Slots in the order of the pools, then the sentinel: rows sorted so are together by precision.
         self._in_order = np.array([s for pool in self.pools.values() for s in pool] + [self.num_slots])
         self._position = np.argsort(self._in_order)
+        self.firsts = {name: int(self._position[pool[0]]) for name, pool in self.pools.items()}
         by_expert: list[list[int]] = [[] for _ in range(layer.num_experts)]
         for s, slot in enumerate(layer.slots):
             by_expert[slot.expert].append(s)
@@ -113,10 +115,6 @@ class SlotTable:
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What `rows.sort_by_slot` reads: length, offset, pattern, position."""
         return *self._arrays, self._position
-
-    def firsts(self, precisions: tuple[str, ...]) -> tuple[int, ...]:
-        """Place of the first slot of each precision in the order of the pools; 0 for one that no slot has."""
-        return tuple(int(self._position[self.pools[name][0]]) if name in self.pools else 0 for name in precisions)
 
     def _tensors(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         if device not in self._on:

@@ -16,6 +16,7 @@ Legend: T tokens, k selections a token, n rows of a slot, H hidden, O channels, 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -44,6 +45,7 @@ _EMPTY = {
     name: (np.empty((0, 0, 0), kind), _NONE, np.empty((0, 0, 0), kind), _NONE)
     for name, kind in zip(PRECISIONS, (np.uint16, np.int8, np.int8), strict=True)
 }
+_each: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
 _tables: WeakKeyDictionary[Any, np.ndarray | None] = WeakKeyDictionary()
 _distinct: dict[bytes, np.ndarray] = {}
 """The tables by their content: layers with an activation each share one."""
@@ -149,11 +151,19 @@ def _layer(  # type: ignore[no-untyped-def]
 
 def suits(slots: Slots, selections: int) -> bool:
     """Whether a batch of so many selections (T k) is one for this path; `vector.suits` says whether the weights are."""
+    each = _each.get(slots)
+    if each is None:
+        each = _each[slots] = _multiplications(slots)
+    return selections * each <= MOST
+
+
+def _multiplications(slots: Slots) -> float:
+    """Of one selection; inf where a layer's experts are not made for this path."""
     form = slots.layout.elementwise
     if form is None or any(slots.layout.weight(name).out_axis != -2 for name in (form.up, form.down)):
-        return False
-    up, down = (slots.layout.weight(name).shape for name in (form.up, form.down))
-    return selections * (up[0] * up[1] + down[0] * down[1]) <= MOST and table(form) is not None
+        return math.inf
+    shapes = [slots.layout.weight(name).shape for name in (form.up, form.down)]
+    return sum(map(math.prod, shapes)) if table(form) is not None else math.inf
 
 
 def table(form: Elementwise) -> np.ndarray | None:
@@ -181,7 +191,7 @@ def forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weights: to
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     _layer(
         rows.bits(hidden.contiguous()), index.reshape(-1).numpy(), weights.float().contiguous().numpy(),
-        *slots.table.arrays, slots.table.firsts(PRECISIONS), *pools, table(form), form.gated, rows.bits(out),
+        *slots.table.arrays, tuple(slots.table.firsts.get(name, 0) for name in PRECISIONS), *pools, table(form), form.gated, rows.bits(out),
     )  # fmt: skip
     return out
 

@@ -54,8 +54,8 @@ class PlainProducts(Products):
     def product(self, weight: Weight, x: torch.Tensor | Digits) -> torch.Tensor:
         """[rows, out] of the group's rows [rows, in], in the dtype of the batch."""
         dtype = self.slots.layout.dtype
-        if self.precision == "original" and dtype == torch.float32 and len(x) >= MATRIX_FROM * len(self.segments):
-            return self._matrix_products(weight, x)  # type: ignore[arg-type]
+        if isinstance(x, torch.Tensor) and self._is_matrix_work(x):
+            return self._matrix_products(weight, x)
         if self.precision == "int8" and not isinstance(x, Digits):
             x = Digits.of(x, 1)
         y = self._sums(weight, (x.q[0] if isinstance(x, Digits) else x).float().contiguous())
@@ -66,6 +66,9 @@ class PlainProducts(Products):
         out = torch.empty(y.shape, dtype=dtype)
         rows.scale_products(y.numpy(), scales.numpy(), *self._where, tokens, rows.plain(out))
         return out
+
+    def _is_matrix_work(self, x: torch.Tensor) -> bool:
+        return x.dtype == torch.float32 and self.precision == "original" and len(x) >= MATRIX_FROM * len(self.segments)
 
     def _matrix_products(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         """float32 rows and weights."""
