@@ -188,10 +188,11 @@ def forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weights: to
     form = slots.layout.elementwise
     assert form is not None
     pools = [_stored(slots, form, name) if name in slots.table.pools else empty for name, empty in _EMPTY.items()]
+    firsts = tuple(slots.table.firsts.get(name, 0) for name in PRECISIONS)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     _layer(
         rows.bits(hidden.contiguous()), index.reshape(-1).numpy(), weights.float().contiguous().numpy(),
-        *slots.table.arrays, tuple(slots.table.firsts.get(name, 0) for name in PRECISIONS), *pools, table(form), form.gated, rows.bits(out),
+        *slots.table.arrays, firsts, *pools, table(form), form.gated, rows.bits(out),
     )  # fmt: skip
     return out
 
