@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from equipoise.planning.kernels import compiled
-from equipoise.runtime.kernels.rows import _value
+from equipoise.runtime.kernels.rows import as_float
 
 _f32 = np.float32
 
@@ -36,7 +36,7 @@ def _one(x, w, y):  # type: ignore[no-untyped-def]
         wa = w[o]
         a = _f32(0)
         for i in range(len(x)):
-            a += x[i] * _value(wa[i])
+            a += x[i] * as_float(wa[i])
         y[o] = a
 
 
@@ -46,7 +46,7 @@ def _two(x0, x1, w, y0, y1):  # type: ignore[no-untyped-def]
         wa = w[o]
         a0, a1 = _f32(0), _f32(0)
         for i in range(len(x0)):
-            p = _value(wa[i])
+            p = as_float(wa[i])
             a0 += x0[i] * p
             a1 += x1[i] * p
         y0[o], y1[o] = a0, a1
@@ -60,7 +60,7 @@ def _four(x0, x1, x2, x3, w, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
         a0, a1, a2, a3 = _f32(0), _f32(0), _f32(0), _f32(0)
         b0, b1, b2, b3 = _f32(0), _f32(0), _f32(0), _f32(0)
         for i in range(len(x0)):
-            p, q = _value(wa[i]), _value(wb[i])
+            p, q = as_float(wa[i]), as_float(wb[i])
             a0 += x0[i] * p
             a1 += x1[i] * p
             a2 += x2[i] * p
@@ -77,7 +77,7 @@ def _four(x0, x1, x2, x3, w, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _rows(x, w, y):  # type: ignore[no-untyped-def]
+def products(x, w, y):  # type: ignore[no-untyped-def]
     """Rows x [n, in] times w [O, in] into y [n, O]."""
     n = len(x)
     r = 0
@@ -104,11 +104,11 @@ def _columns(x, w, y):  # type: ignore[no-untyped-def]
             c0, c1, c2, c3 = x[r, i], x[r, i + 1], x[r, i + 2], x[r, i + 3]
             row = y[r]
             for o in range(len(row)):
-                row[o] += (c0 * _value(w0[o]) + c1 * _value(w1[o])) + (c2 * _value(w2[o]) + c3 * _value(w3[o]))
+                row[o] += (c0 * as_float(w0[o]) + c1 * as_float(w1[o])) + (c2 * as_float(w2[o]) + c3 * as_float(w3[o]))
     for i in range(whole, width):
         for r in range(n):
             for o in range(y.shape[1]):
-                y[r, o] += x[r, i] * _value(w[i, o])
+                y[r, o] += x[r, i] * as_float(w[i, o])
 
 
 @_compiled
@@ -130,7 +130,7 @@ def by_rows(x, w, place, begin, count, y, first, last):  # type: ignore[no-untyp
     for task in range(first, last):
         s, o = task // tiles, task % tiles * TILE
         rows = slice(begin[s], begin[s] + count[s])
-        _rows(x[rows], w[place[s], o : o + TILE], y[rows, o : o + TILE])
+        products(x[rows], w[place[s], o : o + TILE], y[rows, o : o + TILE])
 
 
 @_compiled

@@ -27,7 +27,7 @@ import torch
 from equipoise.models.layout import Elementwise
 from equipoise.planning.kernels import compiled
 from equipoise.runtime.kernels import dots, rows
-from equipoise.runtime.kernels.rows import _narrow, _scale, _wide
+from equipoise.runtime.kernels.rows import ROUND, from_bits, row_scale, to_bits
 
 if TYPE_CHECKING:
     from equipoise.runtime.experts import Slots
@@ -38,7 +38,7 @@ MOST = 1 << 22
 """Multiplications of a layer up to which its batch is one of few rows."""
 
 _f32, _u16 = np.float32, np.uint16
-_ROUND = rows._ROUND
+
 _compiled: Any = partial(compiled, nogil=True, error_model="numpy")
 _NONE = np.empty((0, 0, 0), np.float32)
 _EMPTY = {
@@ -57,16 +57,16 @@ def _tokens(x, integers, wide, scale):  # type: ignore[no-untyped-def]
     n, width = x.shape
     for r in range(n):
         if integers:
-            s, inverse = _scale(x[r])
+            s, inverse = row_scale(x[r])
             scale[r] = s
             if inverse == _f32(0):
                 wide[r] = _f32(0)
             else:
                 for i in range(width):
-                    wide[r, i] = (_wide(x[r, i]) * inverse + _ROUND) - _ROUND
+                    wide[r, i] = (from_bits(x[r, i]) * inverse + ROUND) - ROUND
         else:
             for i in range(width):
-                wide[r, i] = _wide(x[r, i])
+                wide[r, i] = from_bits(x[r, i])
 
 
 @_compiled
@@ -77,17 +77,17 @@ def _product(x, w, channels, integers, out):  # type: ignore[no-untyped-def]
     scale = np.empty(n, np.float32)
     _tokens(x, integers, wide, scale)
     y = np.empty((n, len(w)), np.float32)
-    dots._rows(wide, w, y)
+    dots.products(wide, w, y)
     for r in range(n):
         if len(channels) == 0:
             for o in range(len(w)):
-                out[r, o] = _narrow(y[r, o])
+                out[r, o] = to_bits(y[r, o])
         elif integers:
             for o in range(len(w)):
-                out[r, o] = _narrow(_wide(_narrow(y[r, o] * channels[o])) * scale[r])
+                out[r, o] = to_bits(from_bits(to_bits(y[r, o] * channels[o])) * scale[r])
         else:
             for o in range(len(w)):
-                out[r, o] = _narrow(y[r, o] * channels[o])
+                out[r, o] = to_bits(y[r, o] * channels[o])
 
 
 @_compiled
@@ -109,7 +109,7 @@ def _pool(hidden, tokens, begin, counts, integers, up, up_scale, down, down_scal
         for r in range(n):
             for i in range(width):
                 a = act[first[r, i]]
-                inner[r, i] = _narrow(_wide(a) * _wide(first[r, width + i])) if gated else a
+                inner[r, i] = to_bits(from_bits(a) * from_bits(first[r, width + i])) if gated else a
         _product(inner, down[s], down_scale[s, :, 0] if scaled else none, integers, y[begin : begin + n])
         begin += n
 

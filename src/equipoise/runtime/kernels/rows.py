@@ -20,7 +20,7 @@ from numba.extending import overload
 from equipoise.planning.kernels import compiled
 
 _f32, _u32, _u16 = np.float32, np.uint32, np.uint16
-_ROUND = np.float32(12582912.0)
+ROUND = np.float32(12582912.0)
 """1.5 * 2**23: adding and subtracting it rounds a float32 below 2**22 to the nearest integer, ties to even."""
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
@@ -30,50 +30,50 @@ _compiled: Any = partial(compiled, nogil=True, error_model="numpy")
 
 
 @_compiled
-def _wide(b):  # type: ignore[no-untyped-def]
+def from_bits(b):  # type: ignore[no-untyped-def]
     """The float32 of a bfloat16's bits."""
     return _u32(_u32(b) << _u32(16)).view(_f32)
 
 
 @_compiled
-def _narrow(value):  # type: ignore[no-untyped-def]
+def to_bits(value):  # type: ignore[no-untyped-def]
     """The bits of the bfloat16 nearest to a float32, ties to even."""
     b = _f32(value).view(_u32)
     return _u16(_u32(b + _u32(0x7FFF) + _u32(_u32(b >> _u32(16)) & _u32(1))) >> _u32(16))
 
 
-def _value(stored):  # type: ignore[no-untyped-def]
+def as_float(stored):  # type: ignore[no-untyped-def]
     """The float32 of a stored number: bits of bfloat16 (uint16), float32, or int8."""
     raise NotImplementedError
 
 
-@overload(_value, inline="always")
+@overload(as_float, inline="always")
 def _value_of(stored):  # type: ignore[no-untyped-def]
     if stored == types.uint16:
         return lambda stored: _u32(_u32(stored) << _u32(16)).view(_f32)
     return lambda stored: _f32(stored)
 
 
-def _rounded(value, like):  # type: ignore[no-untyped-def]
+def rounded(value, like):  # type: ignore[no-untyped-def]
     """A float32 as the array `like` holds it: bits of bfloat16, or itself."""
     raise NotImplementedError
 
 
-@overload(_rounded, inline="always")
+@overload(rounded, inline="always")
 def _rounded_as(value, like):  # type: ignore[no-untyped-def]
     if like.dtype == types.uint16:
-        return lambda value, like: _narrow(value)
+        return lambda value, like: to_bits(value)
     return lambda value, like: _f32(value)
 
 
 @_compiled
-def _scale(row):  # type: ignore[no-untyped-def]
+def row_scale(row):  # type: ignore[no-untyped-def]
     """The largest magnitude of a row of bits over 127, and its inverse; 0 where it is too small or not finite."""
     top = _u16(0)
     for i in range(len(row)):
         # Magnitudes compare as integers do, and NaN is above inf: it cannot hide behind a comparison.
         top = max(top, _u16(row[i] & _u16(0x7FFF)))
-    scale = _wide(top) / _f32(127)
+    scale = from_bits(top) / _f32(127)
     return scale, _f32(1) / scale if scale >= _TINY else _f32(0)
 
 
@@ -154,10 +154,10 @@ def quantize(x, q, scale):  # type: ignore[no-untyped-def]
     """`formats.quantize_rows` of bfloat16 bits [n, in]: writes int8 q [n, in] and float32 scale [n]."""
     rows, width = x.shape
     for r in range(rows):
-        s, inverse = _scale(x[r])
+        s, inverse = row_scale(x[r])
         for i in range(width):
-            v = _wide(x[r, i]) * inverse
-            q[r, i] = np.int8(np.int32((v + _ROUND) - _ROUND))
+            v = from_bits(x[r, i]) * inverse
+            q[r, i] = np.int8(np.int32((v + ROUND) - ROUND))
         scale[r] = s
 
 
@@ -172,12 +172,12 @@ def quantize_two(x, q, scale):  # type: ignore[no-untyped-def]
     """
     rows, width = x.shape
     for r in range(rows):
-        s, inverse = _scale(x[r])
+        s, inverse = row_scale(x[r])
         for i in range(width):
-            v = _wide(x[r, i]) * inverse
-            whole = (v + _ROUND) - _ROUND
+            v = from_bits(x[r, i]) * inverse
+            whole = (v + ROUND) - ROUND
             q[0, r, i] = np.int8(np.int32(whole))
-            q[1, r, i] = np.int8(np.int32(((v - whole) * _f32(254) + _ROUND) - _ROUND))
+            q[1, r, i] = np.int8(np.int32(((v - whole) * _f32(254) + ROUND) - ROUND))
         scale[r] = s
 
 
@@ -188,7 +188,7 @@ def scale_rows(x, scale):  # type: ignore[no-untyped-def]
     for r in range(rows):
         s = scale[r]
         for i in range(width):
-            x[r, i] = _narrow(_wide(x[r, i]) * s)
+            x[r, i] = to_bits(from_bits(x[r, i]) * s)
 
 
 @_compiled
@@ -210,10 +210,10 @@ def scale_products(y, scale, place, begin, count, tokens, out):  # type: ignore[
             if len(tokens):
                 t = tokens[r]
                 for i in range(len(channels)):
-                    out[r, i] = _rounded(_value(_rounded(y[r, i] * channels[i], out)) * t, out)
+                    out[r, i] = rounded(as_float(rounded(y[r, i] * channels[i], out)) * t, out)
             else:
                 for i in range(len(channels)):
-                    out[r, i] = _rounded(y[r, i] * channels[i], out)
+                    out[r, i] = rounded(y[r, i] * channels[i], out)
 
 
 @_compiled
@@ -223,7 +223,7 @@ def merge_two(y, scale, out):  # type: ignore[no-untyped-def]
     for r in range(rows):
         s = scale[r]
         for i in range(width):
-            out[r, i] = _narrow((y[r, i] + y[rows + r, i] * _f32(1 / 254)) * s)
+            out[r, i] = to_bits((y[r, i] + y[rows + r, i] * _f32(1 / 254)) * s)
 
 
 @_compiled
@@ -246,6 +246,6 @@ def combine(y, weights, place, out):  # type: ignore[no-untyped-def]
             if p >= 0:
                 w = weights[t, j]
                 for i in range(width):
-                    total[i] += w * _value(y[p, i])
+                    total[i] += w * as_float(y[p, i])
         for i in range(width):
-            out[t, i] = _rounded(total[i], out)
+            out[t, i] = rounded(total[i], out)
