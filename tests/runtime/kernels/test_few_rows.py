@@ -83,6 +83,22 @@ def test_rows_that_are_not_contiguous():
     assert slots_forward(slots, *turned).is_contiguous()
 
 
+def test_parameters_that_want_gradients():
+    """As transformers makes those of a checkpoint."""
+    layer = find_layers(_mixed())[0]
+    slots, case = layer.experts.equipoise_slots, batch(find_layers(_mixed())[0], 3)
+    with torch.no_grad():
+        wanted = slots_forward(slots, *case)
+    floats = [p for p in layer.experts.parameters() if p.is_floating_point()]
+    for parameter in floats:
+        parameter.requires_grad_(True)
+    try:
+        assert torch.equal(slots_forward(slots, *case), wanted)
+    finally:
+        for parameter in floats:
+            parameter.requires_grad_(False)
+
+
 @pytest.mark.parametrize("name", ["inf", "nan", "0", "1e-40"])
 @torch.no_grad()
 def test_tokens_that_have_no_scale(name: str):

@@ -203,7 +203,7 @@ def _stored(slots: Slots, form: Elementwise, precision: str) -> tuple[np.ndarray
     for name in (form.up, form.down):
         stored = slots.stored(name, precision)
         if precision == "original":
-            parts += [rows.bits(stored), _NONE]
+            parts += [rows.bits(stored.detach()), _NONE]
         else:
-            parts += [stored.numpy(), slots.stored(name, precision, "_scale").numpy()]
+            parts += [stored.numpy(), slots.stored(name, precision, "_scale").detach().numpy()]
     return tuple(parts)
