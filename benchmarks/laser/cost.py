@@ -1,6 +1,6 @@
 """What LASER adds to a prefill and to a decoding step of the 1.7 GB model of benchmarks/runtime.
 
-    python benchmarks/laser/cost.py [MODEL] [--pairs 15] [--threads 1]
+    python benchmarks/laser/cost.py [MODEL] [--pairs 15] [--threads 1] [--only "decode 1"]
 
 Without MODEL the model is built (or found) as `benchmarks/runtime/model.py` does. Every layer uses one rule that
 reroutes (`--gap`, `--target`), so that nothing is skipped because a threshold says so; the share of tokens moved is
@@ -138,20 +138,20 @@ def main() -> None:
     parser.add_argument("--gap", type=float, default=0.05)
     parser.add_argument("--target", type=float, default=1.2)
     parser.add_argument("--threads", type=int, default=1)
+    works = ("prefill", *(f"decode {rows}" for rows in DECODE))
+    parser.add_argument("--only", nargs="+", choices=works, default=works, metavar="WORK", help=", ".join(works))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     path = arguments.model or olmoe_like()
     loaded = load_model(path)
     model = loaded.model
-    text = {
-        "prefill": Prefill(model, text_batches(loaded, 1, PREFILL, 1)[0]["input_ids"]),
-        **{
-            f"decode {rows}": Decode(
-                model, text_batches(loaded, rows, PROMPT + arguments.steps, 1)[0]["input_ids"], arguments.steps
-            )
-            for rows in DECODE
-        },
-    }
+    text: dict[str, Any] = {}
+    if "prefill" in arguments.only:
+        text["prefill"] = Prefill(model, text_batches(loaded, 1, PREFILL, 1)[0]["input_ids"])
+    for rows in DECODE:
+        if f"decode {rows}" in arguments.only:
+            ids = text_batches(loaded, rows, PROMPT + arguments.steps, 1)[0]["input_ids"]
+            text[f"decode {rows}"] = Decode(model, ids, arguments.steps)
     moves = Thresholds.of(model, Rule(gap=arguments.gap, extra=6, target=arguments.target))
     modes: dict[str, Callable[[], Any]] = {
         "deciding": lambda: installed(model, moves, routing=Deciding),

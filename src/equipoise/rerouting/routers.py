@@ -47,6 +47,8 @@ _SQUASH = {
     functional.sigmoid,
     functional.softplus,
 }
+_SEEN = _TOPK | _ARGMAX | _MAX | _SQUASH
+"""Everything else passes at once: a router makes half a dozen calls, and a decoding step waits for each."""
 
 
 def router_of(block: nn.Module) -> nn.Module | None:
@@ -105,7 +107,9 @@ class Selecting(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call `func`; a selection is exchanged."""
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if func not in _SEEN:
+            return out
         if func in _SQUASH:
             self.logits = False
             return out

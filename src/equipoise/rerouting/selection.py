@@ -173,7 +173,8 @@ def select(
     if scores.device.type != "cpu":
         where = select_on_host if len(scores) <= HOST_ROWS else select_tensors
         return where(scores, index, rule, slots, before, real, logits=logits, experts=experts)
-    scores = scores.detach().float().contiguous()
+    if scores.dtype != torch.float32 or scores.requires_grad or not scores.is_contiguous():
+        scores = scores.detach().float().contiguous()
     k = index.shape[1]
     tokens, rerouted, chosen, moved, load = compiled.decide(
         scores.numpy(),
