@@ -25,6 +25,7 @@ from equipoise.runtime import apply, expert_bytes
 from equipoise.runtime.application import finish
 from equipoise.runtime.experts import Slots
 from equipoise.runtime.install import fill_layer
+from equipoise.runtime.kernels import vector
 
 IDS, MASK = padded([7, 12, 3, 9], "right")
 
@@ -39,7 +40,7 @@ def test_identity_plan_is_bit_equal(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_identity_through_slots_is_eager(name: str):
+def test_identity_through_slots_is_eager(name: str, monkeypatch: pytest.MonkeyPatch):
     """The runtime itself, with one slot an expert, against transformers' plain loop over the experts."""
     model, eager = own_model(name), own_model(name)
     plan = make_plan(model, identity_slots)
@@ -48,7 +49,11 @@ def test_identity_through_slots_is_eager(name: str):
         assert isinstance(layer.experts.equipoise_slots, Slots)
     finish(model, plan)
     eager.set_experts_implementation("eager")
-    torch.testing.assert_close(logits(model, IDS, MASK), logits(eager, IDS, MASK), rtol=1e-6, atol=1e-6)
+    wanted = logits(eager, IDS, MASK)
+    # The kernels of float32 models sum in another order.
+    torch.testing.assert_close(logits(model, IDS, MASK), wanted, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(vector, "is_ready", lambda *_: False)
+    torch.testing.assert_close(logits(model, IDS, MASK), wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
