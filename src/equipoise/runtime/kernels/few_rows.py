@@ -27,7 +27,7 @@ import torch
 from equipoise.models.layout import Elementwise
 from equipoise.planning.kernels import compiled
 from equipoise.runtime.kernels import dots, rows
-from equipoise.runtime.kernels.rows import ROUND, from_bits, row_scale, to_bits
+from equipoise.runtime.kernels.rows import from_bits, to_bits
 
 if TYPE_CHECKING:
     from equipoise.runtime.experts import Slots
@@ -36,8 +36,6 @@ PRECISIONS = ("original", "int8", "int8_weight_only")
 
 MOST = 1 << 22
 """Multiplications of a layer up to which its batch is one of few rows."""
-
-_f32, _u16 = np.float32, np.uint16
 
 _compiled: Any = partial(compiled, nogil=True, error_model="numpy")
 _NONE = np.empty((0, 0, 0), np.float32)
@@ -52,42 +50,25 @@ _distinct: dict[bytes, np.ndarray] = {}
 
 
 @_compiled
-def _tokens(x, integers, wide, scale):  # type: ignore[no-untyped-def]
-    """Rows of bits x [n, in] as float32 in `wide`: their values, or (`integers`) what `rows.quantize` makes of them."""
-    n, width = x.shape
-    for r in range(n):
-        if integers:
-            s, inverse = row_scale(x[r])
-            scale[r] = s
-            if inverse == _f32(0):
-                wide[r] = _f32(0)
-            else:
-                for i in range(width):
-                    wide[r, i] = (from_bits(x[r, i]) * inverse + ROUND) - ROUND
-        else:
-            for i in range(width):
-                wide[r, i] = from_bits(x[r, i])
-
-
-@_compiled
 def _product(x, w, channels, integers, out):  # type: ignore[no-untyped-def]
     """Bits out [n, O] of bits x [n, in] times w [O, in]; `channels` float32 [O] scales, empty for 16-bit weights."""
     n, width = x.shape
     wide = np.empty((n, width), np.float32)
-    scale = np.empty(n, np.float32)
-    _tokens(x, integers, wide, scale)
+    scale = np.empty(n if integers else 0, np.float32)
+    if integers:
+        rows.quantize(x, wide, scale)
+    else:
+        for r in range(n):
+            for i in range(width):
+                wide[r, i] = from_bits(x[r, i])
     y = np.empty((n, len(w)), np.float32)
     dots.products(wide, w, y)
     for r in range(n):
-        if len(channels) == 0:
-            for o in range(len(w)):
-                out[r, o] = to_bits(y[r, o])
-        elif integers:
-            for o in range(len(w)):
-                out[r, o] = to_bits(from_bits(to_bits(y[r, o] * channels[o])) * scale[r])
+        if len(channels):
+            rows.scale_row(y[r], channels, scale, r, out[r])
         else:
             for o in range(len(w)):
-                out[r, o] = to_bits(y[r, o] * channels[o])
+                out[r, o] = to_bits(y[r, o])
 
 
 @_compiled

@@ -151,14 +151,17 @@ def count_by_slot(index, length, offset, pattern, real, k, experts, slots):  # t
 
 @_compiled
 def quantize(x, q, scale):  # type: ignore[no-untyped-def]
-    """`formats.quantize_rows` of bfloat16 bits [n, in]: writes int8 q [n, in] and float32 scale [n]."""
+    """`formats.quantize_rows` of bfloat16 bits [n, in]: writes q [n, in], int8 or float32, and float32 scale [n]."""
     rows, width = x.shape
     for r in range(rows):
         s, inverse = row_scale(x[r])
+        scale[r] = s
+        if inverse == _f32(0):
+            q[r] = 0
+            continue
         for i in range(width):
             v = from_bits(x[r, i]) * inverse
-            q[r, i] = np.int8(np.int32((v + ROUND) - ROUND))
-        scale[r] = s
+            q[r, i] = np.int32((v + ROUND) - ROUND)
 
 
 @_compiled
@@ -192,6 +195,17 @@ def scale_rows(x, scale):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def scale_row(y, channels, tokens, r, out):  # type: ignore[no-untyped-def]
+    """Row r of `scale_products`: y, channels and out are [out]."""
+    if len(tokens):
+        for i in range(len(channels)):
+            out[i] = rounded(as_float(rounded(y[i] * channels[i], out)) * tokens[r], out)
+    else:
+        for i in range(len(channels)):
+            out[i] = rounded(y[i] * channels[i], out)
+
+
+@_compiled
 def scale_products(y, scale, place, begin, count, tokens, out):  # type: ignore[no-untyped-def]
     """Sums of int8 products times their scales.
 
@@ -205,15 +219,8 @@ def scale_products(y, scale, place, begin, count, tokens, out):  # type: ignore[
         out: [n, out], written.
     """
     for s in range(len(place)):
-        channels = scale[place[s]]
         for r in range(begin[s], begin[s] + count[s]):
-            if len(tokens):
-                t = tokens[r]
-                for i in range(len(channels)):
-                    out[r, i] = rounded(as_float(rounded(y[r, i] * channels[i], out)) * t, out)
-            else:
-                for i in range(len(channels)):
-                    out[r, i] = rounded(y[r, i] * channels[i], out)
+            scale_row(y[r], scale[place[s]], tokens, r, out[r])
 
 
 @_compiled
