@@ -253,3 +253,12 @@ def test_over_budget_in_python():
     plan = dataclasses.replace(example_plan(), budget=Budget(800, 799, 800))
     with pytest.raises(InputError, match="over budget"):
         check_plan(plan)
+
+
+def test_an_integer_that_no_float_holds():
+    document = plan_to_json(example_plan())
+    document["predicted"]["lis"] = 2**53 + 1
+    with pytest.raises(InputError, match=r"predicted.*2\*\*53"):
+        plan_from_json(document)
+    document["predicted"]["lis"] = 2**53
+    assert plan_to_json(plan_from_json(document)) == document

@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from equipoise.errors import InputError
 from equipoise.files.atomic import atomic_file
@@ -26,7 +26,16 @@ FORMAT = "equipoise-plan"
 VERSION = 1
 
 _Count = Annotated[int, Field(ge=0)]
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _exact(value: Any) -> Any:
+    """Integers that a float holds; larger ones would be read as another number."""
+    if isinstance(value, int) and abs(value) > 1 << 53:
+        raise ValueError("an integer beyond 2**53, which a float does not hold")
+    return value
+
+
+_Finite = Annotated[float, BeforeValidator(_exact), Field(allow_inf_nan=False, strict=False)]
 
 
 class _Strict(BaseModel):
@@ -66,7 +75,7 @@ class _Plan(_Strict):
     seed: int
     budget: _Budget
     ranks: Annotated[int, Field(ge=1)]
-    predicted: dict[str, Annotated[float, Field(allow_inf_nan=False, strict=False)]]
+    predicted: dict[str, _Finite]
     layers: Annotated[list[_Layer], Field(min_length=1)]
 
 
