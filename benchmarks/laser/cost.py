@@ -15,7 +15,9 @@ printed.
     kept          a rule that keeps every top-k: what the hooks cost by themselves
 
 With and without in turn, the order changing from pair to pair; the figures are medians over pairs of the ratio of the
-two. The last stdout line is one JSON object.
+two, with 95 % intervals of the medians (order statistics). In a block's first forward LASER watches every call that the
+routers make; it counts in the prefill, while in decoding the first step is left out on both sides.
+The last stdout line is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import quantile_test
 
 import equipoise as eq
 from equipoise.cli import console
@@ -40,7 +42,7 @@ from equipoise.models import load_model
 from equipoise.profiling.watching import Observer
 from equipoise.rerouting import Rule, Thresholds, installed
 from equipoise.rerouting.install import LayerRouting
-from equipoise.rerouting.selection import Decision
+from equipoise.rerouting.selection import Decision, Vector
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "runtime"))
 from model import olmoe_like, text_batches
@@ -82,14 +84,15 @@ class Decode:
         self.cache = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True).past_key_values
 
     def seconds(self) -> float:
-        """Of one step."""
+        """Of one step, the first left out."""
         cache = copy.deepcopy(self.cache)
-        begin = time.perf_counter()
-        for step in range(self.steps):
+        begin = 0.0
+        for step in range(1 + self.steps):
             past = PROMPT + step
             mask = torch.ones(len(self.ids), past + 1, dtype=torch.int64)
             token = self.ids[:, past : past + 1]
             self.model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+            begin = begin or time.perf_counter()
         return (time.perf_counter() - begin) / self.steps
 
 
@@ -97,15 +100,17 @@ class Deciding(LayerRouting):
     """Decides, and goes on with the family's choice."""
 
     def choose(
-        self, scores: torch.Tensor, index: torch.Tensor, before: torch.Tensor, real: torch.Tensor | None, logits: bool
+        self, scores: torch.Tensor, index: torch.Tensor, before: Vector, real: torch.Tensor | None, logits: bool
     ) -> Decision | None:
         """The family's choice, after the work."""
         decision = super().choose(scores, index, before, real, logits)
-        return None if decision is None else replace(decision, index=index)
+        if decision is not None:
+            decision.index = index
+        return decision
 
 
 def paired(model: Any, work: Any, routing: Callable[[], Any], pairs: int) -> dict[str, float]:
-    """Median milliseconds without LASER, median ratio with it, and the share of tokens moved."""
+    """Median milliseconds without LASER, median ratio with it and its interval, and the share of tokens moved."""
     plain, ratios, moved = [], [], 0.0
     for pair in range(-1, pairs):
         seconds = {}
@@ -117,7 +122,11 @@ def paired(model: Any, work: Any, routing: Callable[[], Any], pairs: int) -> dic
         if pair >= 0:  # the first is a warm-up
             plain.append(seconds[False])
             ratios.append(seconds[True] / seconds[False])
-    return {"ms": 1e3 * statistics.median(plain), "ratio": statistics.median(ratios), "moved": moved}
+    interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
+    return {
+        "ms": 1e3 * statistics.median(plain), "ratio": statistics.median(ratios),
+        "low": float(interval.low), "high": float(interval.high), "moved": moved,
+    }  # fmt: skip
 
 
 def experts_met(model: Any, work: Any, routing: Callable[[], Any] | None) -> float:
@@ -150,7 +159,7 @@ def main() -> None:
         text["prefill"] = Prefill(model, text_batches(loaded, 1, PREFILL, 1)[0]["input_ids"])
     for rows in DECODE:
         if f"decode {rows}" in arguments.only:
-            ids = text_batches(loaded, rows, PROMPT + arguments.steps, 1)[0]["input_ids"]
+            ids = text_batches(loaded, rows, PROMPT + 1 + arguments.steps, 1)[0]["input_ids"]
             text[f"decode {rows}"] = Decode(model, ids, arguments.steps)
     moves = Thresholds.of(model, Rule(gap=arguments.gap, extra=6, target=arguments.target))
     modes: dict[str, Callable[[], Any]] = {
@@ -170,7 +179,7 @@ def main() -> None:
             (
                 name,
                 f"{row['laser']['ms']:.2f}",
-                *(f"{row[mode]['ratio']:.3f}" for mode in modes),
+                *("{ratio:.3f} [{low:.3f}, {high:.3f}]".format(**row[mode]) for mode in modes),
                 f"{row['laser']['moved']:.1%}",
                 "{:.1f} -> {:.1f}".format(*row["experts"]),
             )

@@ -18,6 +18,8 @@ from tiny import EXPERTS, FAMILIES
 KEEP = (Rule(), Rule(gap=1e-30), Rule(gap=1, target=1e6), Rule(gap=1, mass=1e-9))
 """Rules that never leave the top-k: some at once, some only after all the work of the selection."""
 FREE = Rule(gap=1, extra=6)
+WATCHED = {"granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "phimoe", "switch_transformers"}
+"""Families whose routers do not call `torch.topk` by that name."""
 _MODELS: dict[str, Any] = {}
 
 
@@ -121,6 +123,21 @@ def test_reroutes_and_is_better_balanced(name: str):
     first = int(ran.argmax())
     assert after.counts[first].max() <= before.counts[first].max()
     assert after.counts[first].sum() >= before.counts[first].sum()  # Switch drops fewer tokens, the others none
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_later_forwards_decide_as_the_first(name: str):
+    """The first watches every call of the router; later ones only the selection, where the family's code allows it."""
+    model = tiny_model(name)
+    with installed(model, Thresholds.of(model, FREE), window=0) as routing:
+        first = run(model)
+        rerouted = routing.rerouted
+        assert torch.equal(run(model), first)
+        assert torch.equal(run(model), first)
+        assert routing.rerouted.tolist() == (3 * rerouted).tolist()
+        patches = [vars(module)["forward"].__self__ for module in model.modules() if "forward" in vars(module)]
+        # A tower for pictures has seen nothing.
+        assert [patch.direct for patch in patches] == [name not in WATCHED and n > 0 for n in routing.tokens]
 
 
 def test_groups_are_respected():

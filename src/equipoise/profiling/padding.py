@@ -43,9 +43,11 @@ class PaddingTracker:
 
     @property
     def _stack(self) -> list[Any]:
-        if not hasattr(self._local, "stack"):
+        try:
+            return self._local.stack
+        except AttributeError:
             self._local.stack = []
-        return self._local.stack
+            return self._local.stack
 
     @contextmanager
     def tracking(self) -> Iterator[PaddingTracker]:
@@ -76,12 +78,13 @@ class PaddingTracker:
         elif plain is not None and self._local.running is not None:
             mask = torch.cat([plain[:, :-1], plain[:, -1:] * self._local.running.to(plain)], 1)
         self._stack.append(mask)
+        self._local.known = {}
 
     def _running(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """Which texts have not ended, in a cached step of one token a row.
 
         Returns:
-            bool [B, 1], or None when this is no such step.
+            bool [B, 1], or None when this is no such step, or all of them run.
         """
         both = self.model.config.is_encoder_decoder
         tokens, cache, mask = (kwargs.get(key) for key in (_DECODER_IDS[both], "past_key_values", "attention_mask"))
@@ -96,6 +99,8 @@ class PaddingTracker:
         if pad is None:
             return None
         padding = tokens == pad
+        if padding.is_cpu and not bool(padding.any()):
+            return None  # as good as all True, and nothing to take from the mask
         if pad not in ends:
             return ~padding
         ended = getattr(self._local, "ended", None)
@@ -106,6 +111,7 @@ class PaddingTracker:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._stack.pop()
+        self._local.known = {}
 
     def real_rows(self, rows: int) -> torch.Tensor | None:
         """Which of the rows at hand are tokens of the text.
@@ -122,6 +128,12 @@ class PaddingTracker:
         mask = self._stack[-1] if self._stack else None
         if mask is None:
             return None
+        known: dict[int, torch.Tensor | None] = self._local.known  # every layer asks for the same
+        if rows not in known:
+            known[rows] = self._real_rows(mask, rows)
+        return known[rows]
+
+    def _real_rows(self, mask: Any, rows: int) -> torch.Tensor | None:
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             raise InputError(
                 "padding cannot be told from this attention mask (a static cache prepares it in 4 axes): "
@@ -133,4 +145,6 @@ class PaddingTracker:
             raise InputError(
                 f"the experts got {rows} rows, which does not fit an attention mask of shape {tuple(mask.shape)}"
             )
-        return mask[:, mask.shape[1] - length :].reshape(-1).bool()
+        real = mask[:, mask.shape[1] - length :].reshape(-1).bool()
+        # A device is not waited for to spare the layers this.
+        return None if real.is_cpu and bool(real.all()) else real

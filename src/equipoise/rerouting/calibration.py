@@ -37,7 +37,7 @@ from equipoise.models.families import MoELayer
 from equipoise.profiling.padding import PaddingTracker
 from equipoise.rerouting.allotment import allot
 from equipoise.rerouting.install import WINDOW, Forwards, LayerRouting, installed
-from equipoise.rerouting.selection import Decision, Rule, distribution, select
+from equipoise.rerouting.selection import Decision, Rule, Vector, distribution, select
 from equipoise.rerouting.sensitivity import sensitivities
 from equipoise.rerouting.thresholds import Thresholds
 from equipoise.types import FloatArray
@@ -91,7 +91,7 @@ class Survey(LayerRouting):
         self.mass = 0.0
 
     def choose(
-        self, scores: torch.Tensor, index: torch.Tensor, before: torch.Tensor, real: torch.Tensor | None, logits: bool
+        self, scores: torch.Tensor, index: torch.Tensor, before: Vector, real: torch.Tensor | None, logits: bool
     ) -> Decision | None:
         """The family's choice; adds what every rule would have done, weighted with the batch's tokens."""
         own = select(scores, index, Rule(), self._slots, before, real, logits=logits, experts=self.layer.num_experts)
@@ -110,8 +110,10 @@ class Survey(LayerRouting):
         self.mass += limit * tokens
         kept = p.gather(1, index).sum(-1)
 
+        slots = torch.as_tensor(self._slots, device=p.device)
+
         def outcome(chosen: torch.Tensor, load: torch.Tensor) -> list[float]:
-            busiest = float((load / self._slots).max())
+            busiest = float((load / slots).max())
             lost = (kept - p.gather(1, chosen).sum(-1)) / mass
             return [busiest * self.layer.num_experts / (tokens * k), float(lost.mean())]
 

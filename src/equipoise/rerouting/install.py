@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
@@ -22,7 +23,7 @@ from equipoise.errors import InputError
 from equipoise.models.families import MoELayer, find_layers
 from equipoise.profiling.padding import PaddingTracker
 from equipoise.rerouting.routers import RouterPatch, classes_of, kind_of, router_of
-from equipoise.rerouting.selection import Decision, Rule, select
+from equipoise.rerouting.selection import Decision, Rule, Vector, select
 from equipoise.rerouting.thresholds import Thresholds, load_laser
 from equipoise.types import IntArray
 
@@ -89,7 +90,7 @@ class LayerRouting:
         self._forwards = forwards
         self._plan = _slots_of(layer)
         self._slots = slot_divisor(layer, classes)
-        self._before = torch.zeros_like(self._slots)
+        self._before = np.zeros_like(self._slots)
         self._lock = threading.Lock()
 
     def decide(self, scores: torch.Tensor, index: torch.Tensor, logits: bool) -> torch.Tensor:
@@ -98,16 +99,14 @@ class LayerRouting:
         Raises:
             InputError: a score is NaN or infinite; no layer remembers anything of that forward.
         """
-        if not len(index):
+        rows = index.shape[0]
+        if not rows:
             return index
-        real = self._padding.real_rows(len(index))
+        real = self._padding.real_rows(rows)
         if _slots_of(self.layer) is not self._plan:
             with self._lock:
                 self._plan = _slots_of(self.layer)
-                self._slots = slot_divisor(self.layer, len(self._slots)).to(self._slots.device)
-        if self._slots.device != scores.device:
-            with self._lock:
-                self._slots, self._before = self._slots.to(scores.device), self._before.to(scores.device)
+                self._slots = slot_divisor(self.layer, len(self._slots))
         decision = self.choose(scores, index, self._before, real, logits)
         if decision is None:
             raise InputError(
@@ -120,38 +119,30 @@ class LayerRouting:
     def _remember(self, decision: Decision) -> None:
         with self._lock:
             if self.window:
-                self._before = _decayed(self._before, decision.load, 0.5 ** (decision.tokens / self.window))
+                # A few dozen numbers, once a layer and step: on the host, in numpy.
+                loads = decision.loads if isinstance(decision.loads, np.ndarray) else decision.loads.cpu().numpy()
+                self._before = (self._before + loads) * np.float32(0.5 ** (decision.tokens / self.window))
             self.moved = self.moved + decision.rerouted
             self.tokens += decision.tokens
 
     def choose(
-        self, scores: torch.Tensor, index: torch.Tensor, before: torch.Tensor, real: torch.Tensor | None, logits: bool
+        self, scores: torch.Tensor, index: torch.Tensor, before: Vector, real: torch.Tensor | None, logits: bool
     ) -> Decision | None:
         """As `select`, by the layer's rule."""
         experts = self.layer.num_experts
         return select(scores, index, self.rule, self._slots, before, real, logits=logits, experts=experts)
 
 
-def _decayed(before: torch.Tensor, load: torch.Tensor, share: float) -> torch.Tensor:
-    """(before + load) * share."""
-    if load.device.type != "cpu":
-        return (before + load) * share
-    # A few dozen numbers, once a layer and step: numpy takes half of the time.
-    total = before.numpy() + load.numpy()
-    total *= np.float32(share)
-    return torch.from_numpy(total)
-
-
-def slot_divisor(layer: MoELayer, classes: int) -> torch.Tensor:
+def slot_divisor(layer: MoELayer, classes: int) -> npt.NDArray[np.float32]:
     """What each expert's load is divided by to be that of its busiest slot: float32 [classes].
 
     1 without a plan, r with r even slots, 1 / (largest share) in general; inf for a class that is no expert.
     """
-    divisor = torch.ones(classes)
-    divisor[layer.num_experts :] = torch.inf
+    divisor = np.ones(classes, np.float32)
+    divisor[layer.num_experts :] = np.inf
     balanced = _slots_of(layer)
     if balanced is not None:
-        divisor[: layer.num_experts] = torch.from_numpy(1 / balanced.table.largest_shares()).float()
+        divisor[: layer.num_experts] = 1 / balanced.table.largest_shares()
     return divisor
 
 

@@ -4,7 +4,9 @@ Every router ends in the same way: scores, biases and groups, *a selection*, and
 selected, from its own scores, normalised and scaled as the family does. So LASER exchanges the selection where it
 happens: for the duration of the router's forward, in this thread, `torch.topk` (or the `argmax` of a top-1 router)
 on the scores of all experts goes through `Decide`, and the family's own code computes the weights of the outcome.
-Nothing of a family's formulas is repeated here, and an outcome that equals the family's is bit-equal.
+Nothing of a family's formulas is repeated here, and an outcome that equals the family's is bit-equal. To watch every
+call of torch takes a tenth of a millisecond a layer in a decoding step, so it is done in the first forward; in later
+ones, where the family's own code calls `torch.topk` by that name, only this name is ours (`rebound`).
 
     kind         selects by                                            families
     top-k        one topk over [T, E], after softmax, sigmoid, groups  nearly all
@@ -20,7 +22,9 @@ T tokens, E classes of the router, k experts a token selects.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from equipoise.errors import InputError
 from equipoise.models.families import MoELayer
+from equipoise.rerouting.rebound import rebound
 
 Decide = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 """(scores [T, E], the family's choice int64 [T, k], whether the scores are logits) -> choice int64 [T, k]."""
@@ -87,33 +92,22 @@ def _calls(cls: type) -> set[str]:
     return {name for method in methods for name in method.__code__.co_names}
 
 
-class Selecting(TorchFunctionMode):
-    """Watches one forward of a router and exchanges its selection.
+class Selecting:
+    """Exchanges the selection of one forward of a router.
 
     Attributes:
+        logits: whether the scores are logits, as far as what was called so far says; what is called after the
+            selection says nothing of it.
         selections: how many selections were seen.
     """
 
     call = ""
 
     def __init__(self, classes: int, decide: Decide) -> None:
-        super().__init__()
         self.classes = classes
         self.decide = decide
         self.logits = True
         self.selections = 0
-
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call `func`; a selection is exchanged."""
-        out = func(*args, **kwargs) if kwargs else func(*args)
-        if func not in _SEEN:
-            return out
-        if func in _SQUASH:
-            self.logits = False
-            return out
-        return self.see(func, args[0], out) if args and isinstance(args[0], torch.Tensor) else out
 
     def see(self, func: Any, scores: torch.Tensor, out: Any) -> Any:
         """What `func(scores, ...)` is to return instead of `out`."""
@@ -122,6 +116,8 @@ class Selecting(TorchFunctionMode):
     def exchanged(self, scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Decide on flattened rows. scores [..., E], index int64 [..., k] -> int64 [..., k]."""
         self.selections += 1
+        if index.ndim == 2:
+            return self.decide(scores, index, self.logits)
         own = index.reshape(-1, index.shape[-1])
         flat = self.decide(scores.reshape(-1, self.classes), own, self.logits)
         return index if flat is own else flat.reshape(index.shape)
@@ -189,8 +185,31 @@ class SelectingSparsemixer(Selecting):
         return torch.return_types.max((scores.gather(-1, index), index))
 
 
+class Watching(TorchFunctionMode):
+    """Shows a `Selecting` what a block calls of torch."""
+
+    def __init__(self, selecting: Selecting) -> None:
+        super().__init__()
+        self.selecting = selecting
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call `func`; a selection is exchanged."""
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if func not in _SEEN:
+            return out
+        if func in _SQUASH:
+            self.selecting.logits &= self.selecting.selections > 0
+            return out
+        return self.selecting.see(func, args[0], out) if args and isinstance(args[0], torch.Tensor) else out
+
+
 class RouterPatch:
-    """Puts the selection of one layer's router through `decide`, until removed."""
+    """Puts the selection of one layer's router through `decide`, until removed.
+
+    The first forward watches all that the router calls, and says whether it selects by logits.
+    """
 
     def __init__(self, router: nn.Module, layer: MoELayer, decide: Decide) -> None:
         kind = kind_of(router)
@@ -203,21 +222,45 @@ class RouterPatch:
             kind = SelectingTopKFlat
         self.router = router
         self._own = vars(router).get("forward")
-        inner = router.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with kind(classes, decide) as selecting:
-                out = inner(*args, **kwargs)
-            if selecting.selections != 1:
-                raise InputError(
-                    f"laser cannot adapt the router {type(router).__name__} of layer {layer.layer_id}: it made "
-                    f"{selecting.selections} selections among {classes} experts where one was expected; "
-                    "balance this family with a plan instead"
-                )
-            return out
-
-        router.forward = forward  # type: ignore[method-assign]
+        self._inner = router.forward
+        self._selecting = partial(kind, classes, decide)
+        self._logits = True
+        self._watched = False
+        self._here = threading.local()
+        self._direct = rebound(self._inner, "topk", self._topk) if issubclass(kind, SelectingTopK) else None
+        router.forward = self._forward  # type: ignore[method-assign]
         router.equipoise_laser = True  # type: ignore[assignment]
+        self._refusal = (
+            f"laser cannot adapt the router {type(router).__name__} of layer {layer.layer_id}: it made "
+            f"{{}} selections among {classes} experts where one was expected; "
+            "balance this family with a plan instead"
+        )
+
+    @property
+    def direct(self) -> bool:
+        """Whether the next forward sees the selection alone."""
+        return self._direct is not None and self._watched
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        selecting = self._selecting()
+        if self._direct is not None and self._watched:
+            selecting.logits = self._logits
+            self._here.selecting = selecting
+            out = self._direct(*args, **kwargs)
+            if not selecting.selections:  # the call is made elsewhere in the family's code
+                self._direct = None
+                return self._forward(*args, **kwargs)
+        else:
+            with Watching(selecting):
+                out = self._inner(*args, **kwargs)
+        if selecting.selections != 1:
+            raise InputError(self._refusal.format(selecting.selections))
+        self._logits, self._watched = selecting.logits, True
+        return out
+
+    def _topk(self, scores: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`torch.topk` as the router's own code sees it, in this thread's forward."""
+        return self._here.selecting.see(torch.topk, scores, torch.topk(scores, *args, **kwargs))
 
     def remove(self) -> None:
         """Give the router its own forward back."""

@@ -28,6 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from equipoise.checks import whole, within
@@ -120,23 +121,37 @@ def pools(p: torch.Tensor, index: torch.Tensor, rule: Rule) -> tuple[torch.Tenso
     return value, expert
 
 
-@dataclass(frozen=True, eq=False)
+Vector = torch.Tensor | npt.NDArray[np.float32]
+"""float32 [C] of a layer; where the batch is decided on the host, an array spares its conversion."""
+
+
+@dataclass(slots=True, eq=False)
 class Decision:
     """What was decided for a batch.
 
     Attributes:
         index: int64 [T, k]; a row that keeps its experts is the family's, also in order.
-        moved: bool [T].
-        load: float32 [C], selections of real rows.
+        rows_moved: bool [T].
+        loads: float32 [C], selections of real rows.
         tokens: real rows.
         rerouted: how many of them moved.
     """
 
     index: torch.Tensor
-    moved: torch.Tensor
-    load: torch.Tensor
+    rows_moved: torch.Tensor | npt.NDArray[np.bool_]
+    loads: Vector
     tokens: int
     rerouted: int | torch.Tensor
+
+    @property
+    def moved(self) -> torch.Tensor:
+        """`rows_moved`, on the device of the index."""
+        return torch.as_tensor(self.rows_moved, device=self.index.device)
+
+    @property
+    def load(self) -> torch.Tensor:
+        """`loads`, on the device of the index."""
+        return torch.as_tensor(self.loads, device=self.index.device)
 
 
 _ALL = np.empty(0, np.bool_)
@@ -146,8 +161,8 @@ def select(
     scores: torch.Tensor,
     index: torch.Tensor,
     rule: Rule,
-    slots: torch.Tensor,
-    before: torch.Tensor,
+    slots: Vector,
+    before: Vector,
     real: torch.Tensor | None = None,
     *,
     logits: bool = False,
@@ -170,19 +185,20 @@ def select(
         The decision, or None when a score that was chosen is NaN or infinite: topk and argmax take NaN for the
         largest, so what was chosen shows every one.
     """
-    if scores.device.type != "cpu":
+    if not scores.is_cpu:
         where = select_on_host if len(scores) <= HOST_ROWS else select_tensors
         return where(scores, index, rule, slots, before, real, logits=logits, experts=experts)
     if scores.dtype != torch.float32 or scores.requires_grad or not scores.is_contiguous():
         scores = scores.detach().float().contiguous()
     k = index.shape[1]
+    own = scores.numpy()
     tokens, rerouted, chosen, moved, load = compiled.decide(
-        scores.numpy(),
-        (scores.softmax(-1) if logits else scores).numpy(),
+        own,
+        scores.softmax(-1).numpy() if logits else own,
         index.contiguous().numpy(),
         _ALL if real is None else real.numpy(),
-        slots.numpy(),
-        before.numpy(),
+        slots if isinstance(slots, np.ndarray) else slots.numpy(),
+        before if isinstance(before, np.ndarray) else before.numpy(),
         experts or scores.shape[1],
         rule.gap,
         rule.mass,
@@ -194,21 +210,15 @@ def select(
     )
     if tokens == compiled.NOT_FINITE:
         return None
-    return Decision(
-        torch.from_numpy(chosen) if rerouted else index,
-        torch.from_numpy(moved),
-        torch.from_numpy(load),
-        tokens,
-        rerouted,
-    )
+    return Decision(torch.from_numpy(chosen) if rerouted else index, moved, load, tokens, rerouted)
 
 
 def select_on_host(
     scores: torch.Tensor,
     index: torch.Tensor,
     rule: Rule,
-    slots: torch.Tensor,
-    before: torch.Tensor,
+    slots: Vector,
+    before: Vector,
     real: torch.Tensor | None = None,
     *,
     logits: bool = False,
@@ -216,21 +226,20 @@ def select_on_host(
 ) -> Decision | None:
     """`select` of copies on the host; the decision is on the device of the scores again."""
     device = scores.device
-    there = [tensor.detach().cpu() for tensor in (scores, index, slots, before)]
+    slots, before = (v if isinstance(v, np.ndarray) else v.cpu() for v in (slots, before))
     seen = None if real is None else real.cpu()
-    found = select(there[0], there[1], rule, there[2], there[3], seen, logits=logits, experts=experts)
-    if found is None:
-        return None
-    chosen = found.index.to(device) if found.rerouted else index
-    return Decision(chosen, found.moved.to(device), found.load.to(device), found.tokens, found.rerouted)
+    found = select(scores.detach().cpu(), index.cpu(), rule, slots, before, seen, logits=logits, experts=experts)
+    if found is not None:
+        found.index = found.index.to(device) if found.rerouted else index
+    return found
 
 
 def select_tensors(
     scores: torch.Tensor,
     index: torch.Tensor,
     rule: Rule,
-    slots: torch.Tensor,
-    before: torch.Tensor,
+    slots: Vector,
+    before: Vector,
     real: torch.Tensor | None = None,
     *,
     logits: bool = False,
@@ -241,6 +250,7 @@ def select_tensors(
     chosen_scores = scores.gather(-1, index).isfinite().all(-1)
     if not bool((chosen_scores if real is None else chosen_scores | ~real).all()):
         return None
+    slots, before = (torch.as_tensor(v, device=scores.device) for v in (slots, before))
     p = distribution(scores, logits)
     p[:, experts or p.shape[1] :] = 0
     size = p.shape[1]

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from equipoise.evaluation.data import IGNORED
 from equipoise.rerouting.install import LayerRouting, installed
-from equipoise.rerouting.selection import Decision, Rule, distribution
+from equipoise.rerouting.selection import Decision, Rule, Vector, distribution
 from equipoise.rerouting.thresholds import Thresholds
 from equipoise.types import FloatArray
 
@@ -44,7 +44,7 @@ class Metered(LayerRouting):
     lost = 0.0
 
     def choose(
-        self, scores: torch.Tensor, index: torch.Tensor, before: torch.Tensor, real: torch.Tensor | None, logits: bool
+        self, scores: torch.Tensor, index: torch.Tensor, before: Vector, real: torch.Tensor | None, logits: bool
     ) -> Decision | None:
         """As the layer's rule says."""
         decision = super().choose(scores, index, before, real, logits)
