@@ -43,17 +43,22 @@ def whole(target: Path) -> bool:
 
 
 def kill_in_the_middle(write: Callable[[Path, int], None], target: Path, delay: float, start: int) -> None:
-    """Let a child write version after version, and kill it."""
+    """Let a child write version after version, and kill it `delay` seconds after it has begun."""
+    begun, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
+            os.write(tell, b"!")
             for version in range(start, start + 100_000):
                 write(target, version)
         finally:
             os._exit(1)
+    os.read(begun, 1)
     time.sleep(delay)
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
+    for end in (begun, tell):
+        os.close(end)
     assert os.WIFSIGNALED(status), "the writer ended of itself"
 
 
