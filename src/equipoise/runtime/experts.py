@@ -19,7 +19,7 @@ from torch import nn
 from equipoise.formats import get_format
 from equipoise.models.families import read_routing
 from equipoise.models.layout import ExpertsLayout
-from equipoise.runtime.kernels import grouped, onednn, vector
+from equipoise.runtime.kernels import few_rows, grouped, onednn, vector
 from equipoise.runtime.kernels.packed import PackedWeight
 from equipoise.runtime.slots import SlotTable
 from equipoise.types import LayerPlan
@@ -45,6 +45,7 @@ class Slots:
 
     def leave_cpu(self, device: torch.device) -> None:
         """Plain weights on `device` in place of packed ones, which are in the CPU's layout wherever the module went."""
+        few_rows.forget(self)
         parameters = self.layout.module._parameters
         for name, stored in parameters.items():
             if isinstance(stored, PackedWeight):
@@ -101,8 +102,12 @@ def slots_forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weigh
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
         return _ForInference.apply(hidden, weights, slots, index)  # type: ignore[no-any-return]
-    if hidden.device.type != "cpu":
+    if not hidden.is_cpu:
         slots.leave_cpu(hidden.device)
+    found = few_rows.ready(slots, hidden, index.numel())
+    if found is not None:
+        with torch.no_grad():
+            return few_rows.run(found, hidden, index, weights)
     run = next((k.forward for k in (onednn, vector, grouped) if k.is_ready(slots, hidden)), plain_forward)
     with torch.no_grad():
         return run(slots, hidden, index, weights)
@@ -149,14 +154,22 @@ def plain_forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weigh
     return out.view(rows, k, hidden.shape[-1]).sum(dim=1).to(hidden.dtype)
 
 
-@torch.compiler.disable
 def experts_forward(module: nn.Module, *arguments: Any, **keywords: Any) -> torch.Tensor:
     """What is registered as `experts_implementation="equipoise"`."""
+    # `disable` keeps a compiled model from tracing into the kernels; each call through it takes time.
+    run = _not_compiled if torch.compiler.is_dynamo_compiling() else _forward
+    return run(module, *arguments, **keywords)  # type: ignore[no-any-return]
+
+
+def _forward(module: nn.Module, *arguments: Any, **keywords: Any) -> torch.Tensor:
     slots: Slots | None = getattr(module, "equipoise_slots", None)
     if slots is None:
         return _base_forward(module)(module, *arguments, **keywords)
     routing = read_routing(slots.layout, (*arguments, *keywords.values()))
     return slots_forward(slots, routing.hidden, routing.index, routing.weights)
+
+
+_not_compiled = torch.compiler.disable(_forward)
 
 
 def _base_forward(module: nn.Module) -> Any:

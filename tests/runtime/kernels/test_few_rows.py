@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -147,3 +150,66 @@ def test_families_that_the_path_is_for():
     assert "mixtral" not in without
     assert "gpt_oss" in without
     assert len(without) < len(FAMILIES) / 2
+
+
+def _rescale(slots: Any) -> None:
+    slots.write("down_proj", 0, {"": 3 * slots.read("down_proj", 0)[""]})
+
+
+def _new_data(slots: Any) -> None:
+    for parameter in slots.layout.module._parameters.values():
+        parameter.data = parameter.data.clone() if parameter.dtype == torch.int8 else 2 * parameter.data
+
+
+def _new_parameters(slots: Any) -> None:
+    parameters = slots.layout.module._parameters
+    for name, parameter in parameters.items():
+        parameters[name] = nn.Parameter(parameter.detach().roll(1, 0), requires_grad=False)
+
+
+def _new_table(slots: Any) -> None:
+    served = [[s for s, slot in enumerate(slots.table.layer.slots) if slot.expert == e] for e in range(EXPERTS)]
+    slots.table = slots.table.rerouted([slots[::-1] for slots in served])
+
+
+@pytest.mark.parametrize("change", [_rescale, _new_data, _new_parameters, _new_table])
+@torch.no_grad()
+def test_what_changes_between_forwards_is_seen(change: Any):
+    layer = find_layers(balanced("mixtral", PACKABLE))[0]
+    slots = layer.experts.equipoise_slots
+    case = batch(layer, 6)
+    first = slots_forward(slots, *case)
+    assert few_rows.ready(slots, case[0], case[1].numel()) is not None
+    assert torch.equal(slots_forward(slots, *case), first)
+    change(slots)
+    after = slots_forward(slots, *case)
+    assert torch.equal(after, other_path(slots, *case))
+    assert not torch.equal(after, first)
+    assert few_rows.ready(slots, case[0], case[1].numel()) is not None
+
+
+@torch.no_grad()
+def test_a_copy_of_a_model_computes_with_its_own_weights():
+    model = balanced("mixtral", PACKABLE)
+    layer = find_layers(model)[0]
+    case = batch(layer, 6)
+    first = slots_forward(layer.experts.equipoise_slots, *case)
+    twin = find_layers(copy.deepcopy(model))[0].experts.equipoise_slots
+    assert torch.equal(slots_forward(twin, *case), first)
+    _new_data(twin)
+    assert not torch.equal(slots_forward(twin, *case), first)
+    assert torch.equal(slots_forward(layer.experts.equipoise_slots, *case), first)
+
+
+@torch.no_grad()
+def test_nothing_of_a_layer_is_kept_when_it_goes():
+    model = balanced("mixtral")
+    layer = find_layers(model)[0]
+    slots_forward(layer.experts.equipoise_slots, *batch(layer, 2))
+    stored = weakref.ref(next(iter(layer.experts.parameters())))
+    few_rows.forget(layer.experts.equipoise_slots)
+    assert few_rows.ready(layer.experts.equipoise_slots, *batch(layer, 2)[:1], 2) is None
+    slots_forward(layer.experts.equipoise_slots, *batch(layer, 2))
+    del model, layer
+    gc.collect()
+    assert stored() is None

@@ -17,6 +17,7 @@ Legend: T tokens, k selections a token, n rows of a slot, H hidden, O channels, 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -31,11 +32,29 @@ from equipoise.runtime.kernels.rows import from_bits, to_bits
 
 if TYPE_CHECKING:
     from equipoise.runtime.experts import Slots
+    from equipoise.runtime.slots import SlotTable
 
 PRECISIONS = ("original", "int8", "int8_weight_only")
 
 MOST = 1 << 22
 """Multiplications of a layer up to which its batch is one of few rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """What `_layer` takes of a layer, gathered once: to look through its tensors takes as long as a token's products.
+
+    Attributes:
+        table: of the slots then.
+        stored: the layer's tensors by name, and where their data lay. The arrays keep that memory, so nothing else
+            comes to lie there, and what is written into it is seen.
+        arguments: of `_layer`, those between the batch and `out`.
+    """
+
+    table: SlotTable
+    stored: tuple[tuple[str, torch.Tensor, int], ...]
+    arguments: tuple[Any, ...]
+
 
 _compiled: Any = partial(compiled, nogil=True, error_model="numpy")
 _NONE = np.empty((0, 0, 0), np.float32)
@@ -44,6 +63,7 @@ _EMPTY = {
     for name, kind in zip(PRECISIONS, (np.uint16, np.int8, np.int8), strict=True)
 }
 _each: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+_ready: WeakKeyDictionary[Any, Ready] = WeakKeyDictionary()
 _tables: WeakKeyDictionary[Any, np.ndarray | None] = WeakKeyDictionary()
 _distinct: dict[bytes, np.ndarray] = {}
 """The tables by their content: layers with an activation each share one."""
@@ -164,27 +184,55 @@ def _tabulated(act: Any) -> np.ndarray | None:
     return _distinct.setdefault(values.tobytes(), values)
 
 
-def forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Routed experts of one layer; see `experts.slots_forward` for arguments and result."""
+def ready(slots: Slots, hidden: torch.Tensor, selections: int) -> Ready | None:
+    """What an earlier batch gathered, for a batch that can take the path; None when something changed since."""
+    found = _ready.get(slots)
+    if found is None or found.table is not slots.table or hidden.dtype != torch.bfloat16 or not hidden.is_cpu:
+        return None
+    here = slots.layout.module._parameters
+    same = all(here.get(name) is tensor and tensor.data_ptr() == address for name, tensor, address in found.stored)
+    return found if same and suits(slots, selections) else None
+
+
+def forget(slots: Slots) -> None:
+    """Let go of a layer's tensors."""
+    _ready.pop(slots, None)
+
+
+def _gathered(slots: Slots) -> Ready:
     form = slots.layout.elementwise
     assert form is not None
-    pools = [_stored(slots, form, name) if name in slots.table.pools else empty for name, empty in _EMPTY.items()]
+    names = {id(tensor): name for name, tensor in slots.layout.module._parameters.items()}
+    stored: list[tuple[str, torch.Tensor, int]] = []
+
+    def array(weight: str, precision: str, suffix: str) -> np.ndarray:
+        if precision == "original" and suffix:
+            return _NONE
+        tensor = slots.stored(weight, precision, suffix)
+        stored.append((names[id(tensor)], tensor, tensor.data_ptr()))
+        return rows.plain(tensor.detach())
+
+    pools = [
+        tuple(array(weight, name, suffix) for weight in (form.up, form.down) for suffix in ("", "_scale"))
+        if name in slots.table.pools
+        else empty
+        for name, empty in _EMPTY.items()
+    ]
     firsts = tuple(slots.table.firsts.get(name, 0) for name in PRECISIONS)
+    return Ready(slots.table, tuple(stored), (*slots.table.arrays, firsts, *pools, table(form), form.gated))
+
+
+def forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Routed experts of one layer; see `experts.slots_forward` for arguments and result."""
+    _ready[slots] = found = _gathered(slots)
+    return run(found, hidden, index, weights)
+
+
+def run(found: Ready, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """As `forward`, on what is gathered."""
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     _layer(
         rows.bits(hidden.contiguous()), index.reshape(-1).numpy(), weights.float().contiguous().numpy(),
-        *slots.table.arrays, firsts, *pools, table(form), form.gated, rows.bits(out),
+        *found.arguments, rows.bits(out),
     )  # fmt: skip
     return out
-
-
-def _stored(slots: Slots, form: Elementwise, precision: str) -> tuple[np.ndarray, ...]:
-    """Weight and scales of both products, as `_layer` takes them."""
-    parts = []
-    for name in (form.up, form.down):
-        stored = slots.stored(name, precision)
-        if precision == "original":
-            parts += [rows.bits(stored.detach()), _NONE]
-        else:
-            parts += [stored.numpy(), slots.stored(name, precision, "_scale").detach().numpy()]
-    return tuple(parts)
