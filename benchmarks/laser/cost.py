@@ -105,7 +105,7 @@ class Deciding(LayerRouting):
         """The family's choice, after the work."""
         decision = super().choose(scores, index, before, real, logits)
         if decision is not None:
-            decision.index = index
+            decision.index, decision.scores = index, None
         return decision
 
 

@@ -224,3 +224,23 @@ def test_an_unknown_router_is_refused():
     with installed(model, Thresholds.of(model, FREE)), pytest.raises(InputError, match=r"TwiceRouter.*2 selections"):
         run(model)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_gradients_go_through_the_weights_of_what_was_chosen():
+    """As in a forward whose selection was made by hand: the scores that LASER read are no way around the graph."""
+    model = tiny_model("mixtral")
+    layer = find_layers(model)[0]
+    router = router_of(model.get_submodule(layer.name.rpartition(".")[0]))
+    assert router is not None
+    hidden = torch.randn(18, router.weight.shape[1], generator=torch.Generator().manual_seed(3))
+    with installed(model, Thresholds.of(model, FREE), window=0) as routing:
+        for _ in range(2):  # watched, then direct
+            _, weights, index = router(hidden)
+            assert routing.rerouted[0] > 0
+            p = (hidden @ router.weight.T).softmax(-1).gather(1, index)
+            found, wanted = (
+                torch.autograd.grad((w * torch.arange(1, 3)).sum(), router.weight)[0]
+                for w in (weights, p / p.sum(-1, keepdim=True))
+            )
+            assert wanted.abs().sum() > 0
+            torch.testing.assert_close(found, wanted)

@@ -45,7 +45,7 @@ def decide(
     target: float,
     keep: int,
     first: float,
-) -> tuple[int, int, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[int, int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The experts of each token, and the load they make.
 
     Args:
@@ -66,7 +66,8 @@ def decide(
 
     Returns:
         tokens that are real, or NOT_FINITE when a chosen score is NaN or infinite; tokens moved; the choice
-        int64 [T, k] (a row that keeps its experts is the family's, also in order); moved bool [T]; load float32 [C].
+        int64 [T, k] (a row that keeps its experts is the family's, also in order); its scores float32 [T, k], where
+        tokens moved (else [0, 0]); moved bool [T]; load float32 [C].
     """
     rows, k = index.shape
     classes = scores.shape[1]
@@ -74,6 +75,7 @@ def decide(
     n = k - keep
     places = n + min(extra, max(classes - k, 0))
     chosen = index.copy()
+    held = np.empty((0, 0), np.float32)
     moved = np.zeros(rows, np.bool_)
     load = np.zeros(classes, np.float32)
     tokens = 0
@@ -82,10 +84,10 @@ def decide(
             tokens += 1
             for i in range(k):
                 if not math.isfinite(scores[t, index[t, i]]):
-                    return NOT_FINITE, 0, chosen, moved, load
+                    return NOT_FINITE, 0, chosen, held, moved, load
                 load[index[t, i]] += np.float32(1)
     if tokens == 0 or rounds == 0 or places == n:
-        return tokens, 0, chosen, moved, load
+        return tokens, 0, chosen, held, moved, load
 
     value = np.empty((tokens, places), np.float32)
     expert = np.empty((tokens, places), np.int64)
@@ -110,7 +112,7 @@ def decide(
         row_of[free] = t
         free += 1
     if free == 0:
-        return tokens, 0, chosen, moved, load
+        return tokens, 0, chosen, held, moved, load
 
     whole, width = np.float32(0), np.float32(0)
     for e in range(classes):
@@ -145,7 +147,12 @@ def decide(
             chosen[t, keep + i] = expert[f, picked[i]]
         for i in range(k):
             load[chosen[t, i]] += np.float32(1)
-    return tokens, changed, chosen, moved, load
+    if changed:
+        held = np.empty((rows, k), np.float32)
+        for t in range(rows):
+            for i in range(k):
+                held[t, i] = scores[t, chosen[t, i]]
+    return tokens, changed, chosen, held, moved, load
 
 
 @compiled

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from equipoise.errors import InputError
 from equipoise.models.families import MoELayer, find_layers
 from equipoise.profiling.padding import PaddingTracker
-from equipoise.rerouting.routers import RouterPatch, classes_of, kind_of, router_of
+from equipoise.rerouting.routers import Chosen, RouterPatch, classes_of, kind_of, router_of
 from equipoise.rerouting.selection import Decision, Rule, Vector, select
 from equipoise.rerouting.thresholds import Thresholds, load_laser
 from equipoise.types import IntArray
@@ -93,15 +93,15 @@ class LayerRouting:
         self._before = np.zeros_like(self._slots)
         self._lock = threading.Lock()
 
-    def decide(self, scores: torch.Tensor, index: torch.Tensor, logits: bool) -> torch.Tensor:
-        """The experts of each token of a forward: scores [T, C], index int64 [T, k] -> int64 [T, k].
+    def decide(self, scores: torch.Tensor, index: torch.Tensor, logits: bool) -> Chosen:
+        """The experts of each token of a forward: scores [T, C], index int64 [T, k] -> int64 [T, k], and its scores.
 
         Raises:
             InputError: a score is NaN or infinite; no layer remembers anything of that forward.
         """
         rows = index.shape[0]
         if not rows:
-            return index
+            return index, None
         real = self._padding.real_rows(rows)
         if _slots_of(self.layer) is not self._plan:
             with self._lock:
@@ -114,7 +114,7 @@ class LayerRouting:
                 "check the model's weights and the dtype it runs in"
             )
         self._forwards.when_done(partial(self._remember, decision))
-        return decision.index
+        return decision.index, decision.scores
 
     def _remember(self, decision: Decision) -> None:
         with self._lock:

@@ -36,8 +36,10 @@ from equipoise.errors import InputError
 from equipoise.models.families import MoELayer
 from equipoise.rerouting.rebound import rebound
 
-Decide = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
-"""(scores [T, E], the family's choice int64 [T, k], whether the scores are logits) -> choice int64 [T, k]."""
+Chosen = tuple[torch.Tensor, torch.Tensor | None]
+"""int64 [T, k], and its scores [T, k] where they are at hand."""
+Decide = Callable[[torch.Tensor, torch.Tensor, bool], Chosen]
+"""(scores [T, E], the family's choice int64 [T, k], whether the scores are logits) -> what is chosen."""
 
 _TOPK = {torch.topk, torch.Tensor.topk}
 _ARGMAX = {torch.argmax, torch.Tensor.argmax}
@@ -113,14 +115,16 @@ class Selecting:
         """What `func(scores, ...)` is to return instead of `out`."""
         raise NotImplementedError
 
-    def exchanged(self, scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Decide on flattened rows. scores [..., E], index int64 [..., k] -> int64 [..., k]."""
+    def exchanged(self, scores: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Decide on flattened rows. scores [..., E], index int64 [..., k] -> another index and its scores, or None."""
         self.selections += 1
-        if index.ndim == 2:
-            return self.decide(scores, index, self.logits)
-        own = index.reshape(-1, index.shape[-1])
-        flat = self.decide(scores.reshape(-1, self.classes), own, self.logits)
-        return index if flat is own else flat.reshape(index.shape)
+        own = index if index.ndim == 2 else index.reshape(-1, index.shape[-1])
+        chosen, value = self.decide(scores if own is index else scores.reshape(-1, self.classes), own, self.logits)
+        if chosen is own:
+            return None
+        if own is not index:
+            chosen, value = chosen.reshape(index.shape), None if value is None else value.reshape(index.shape)
+        return chosen, scores.gather(-1, chosen) if value is None else value
 
 
 class SelectingTopK(Selecting):
@@ -135,10 +139,8 @@ class SelectingTopK(Selecting):
         axes = 2 if self.grouped else 3
         if func not in _TOPK or scores.shape[-1] != self.classes or scores.ndim > axes:
             return out
-        index = self.exchanged(scores, out.indices)
-        if index is out.indices:
-            return out
-        return torch.return_types.topk((scores.gather(-1, index), index))
+        found = self.exchanged(scores, out.indices)
+        return out if found is None else torch.return_types.topk(found[::-1])
 
 
 class SelectingTopKFlat(SelectingTopK):
@@ -158,7 +160,8 @@ class SelectingTop1(Selecting):
         if scores.shape[-1] != self.classes:
             return out
         if func in _ARGMAX:
-            self._chosen = self.exchanged(scores, out[..., None])
+            found = self.exchanged(scores, out[..., None])
+            self._chosen = out[..., None] if found is None else found[0]
             return self._chosen[..., 0]
         if func in _MAX and self._chosen is not None:
             value = scores.gather(-1, self._chosen)[..., 0]
@@ -181,7 +184,10 @@ class SelectingSparsemixer(Selecting):
             return out
         whole, strongest = self._first
         self.logits = True  # sparsemixer's own softmax comes between the two, but both select by logits
-        index = self.exchanged(whole, torch.cat([strongest, out.indices], -1))[..., 1:]
+        found = self.exchanged(whole, torch.cat([strongest, out.indices], -1))
+        if found is None:
+            return out
+        index = found[0][..., 1:]
         return torch.return_types.max((scores.gather(-1, index), index))
 
 

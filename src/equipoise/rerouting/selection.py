@@ -135,6 +135,7 @@ class Decision:
         loads: float32 [C], selections of real rows.
         tokens: real rows.
         rerouted: how many of them moved.
+        scores: [T, k] of the index, as they were given; None where they have yet to be read.
     """
 
     index: torch.Tensor
@@ -142,6 +143,7 @@ class Decision:
     loads: Vector
     tokens: int
     rerouted: int | torch.Tensor
+    scores: torch.Tensor | None = None
 
     @property
     def moved(self) -> torch.Tensor:
@@ -188,11 +190,12 @@ def select(
     if not scores.is_cpu:
         where = select_on_host if len(scores) <= HOST_ROWS else select_tensors
         return where(scores, index, rule, slots, before, real, logits=logits, experts=experts)
-    if scores.dtype != torch.float32 or scores.requires_grad or not scores.is_contiguous():
+    given = scores.dtype == torch.float32 and not scores.requires_grad
+    if not given or not scores.is_contiguous():
         scores = scores.detach().float().contiguous()
     k = index.shape[1]
     own = scores.numpy()
-    tokens, rerouted, chosen, moved, load = compiled.decide(
+    tokens, rerouted, chosen, held, moved, load = compiled.decide(
         own,
         scores.softmax(-1).numpy() if logits else own,
         index.contiguous().numpy(),
@@ -210,7 +213,9 @@ def select(
     )
     if tokens == compiled.NOT_FINITE:
         return None
-    return Decision(torch.from_numpy(chosen) if rerouted else index, moved, load, tokens, rerouted)
+    if not rerouted:
+        return Decision(index, moved, load, tokens, 0)
+    return Decision(torch.from_numpy(chosen), moved, load, tokens, rerouted, torch.from_numpy(held) if given else None)
 
 
 def select_on_host(
@@ -231,6 +236,7 @@ def select_on_host(
     found = select(scores.detach().cpu(), index.cpu(), rule, slots, before, seen, logits=logits, experts=experts)
     if found is not None:
         found.index = found.index.to(device) if found.rerouted else index
+        found.scores = None
     return found
 
 
