@@ -9,6 +9,7 @@ Variants, on the same weights:
     no_plan                         `equipoise.apply` of a plan that changes nothing
     balanced                        the joint plan at budget 1.0, from a profile on the bundled calibration text
     int8, ...                       every expert int8, for each int8 format there is
+    no_experts                      experts that give back what they get: what the rest of the model leaves to be gained
 
 Work, on the bundled text:
 
@@ -40,7 +41,7 @@ from timing import QUICK, Pace, Work, compare, race, script, seconds, warm
 
 import equipoise as eq
 from equipoise.cli import console
-from equipoise.models import load_model
+from equipoise.models import find_layers, load_model
 from equipoise.models.loading import LoadedModel
 from equipoise.options import ProfileOptions
 from equipoise.types import Plan
@@ -78,7 +79,16 @@ def variants(loaded: LoadedModel, plan: Plan) -> dict[str, Any]:
     models["balanced"] = balanced(loaded.model, plan)
     for name in LOW:
         models[name] = balanced(loaded.model, all_int8(loaded.model, name))
+    models["no_experts"] = without_experts(loaded.model)
     return models
+
+
+def without_experts(model: Any) -> Any:
+    """A twin whose routed experts cost nothing; its output means nothing."""
+    other = twin(model)
+    for layer in find_layers(other):
+        layer.experts.forward = lambda hidden, *_, **__: hidden
+    return other
 
 
 def prefill(model: Any, batch: dict[str, torch.Tensor]) -> Work:
