@@ -249,10 +249,11 @@ class RouterPatch:
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         selecting = self._selecting()
-        if self._direct is not None and self._watched:
+        direct = self._direct if self._watched else None
+        if direct is not None:
             selecting.logits = self._logits
             self._here.selecting = selecting
-            out = self._direct(*args, **kwargs)
+            out = direct(*args, **kwargs)
             if not selecting.selections:  # the call is made elsewhere in the family's code
                 self._direct = None
                 return self._forward(*args, **kwargs)
