@@ -23,7 +23,7 @@ from equipoise.errors import InputError
 from equipoise.models.families import MoELayer, find_layers
 from equipoise.profiling.padding import PaddingTracker
 from equipoise.rerouting.routers import Chosen, RouterPatch, classes_of, kind_of, router_of
-from equipoise.rerouting.selection import Decision, Rule, Vector, select
+from equipoise.rerouting.selection import Decision, Rule, Vector, on_host, select
 from equipoise.rerouting.thresholds import Thresholds, load_laser
 from equipoise.types import IntArray
 
@@ -120,8 +120,8 @@ class LayerRouting:
         with self._lock:
             if self.window:
                 # A few dozen numbers, once a layer and step: on the host, in numpy.
-                loads = decision.loads if isinstance(decision.loads, np.ndarray) else decision.loads.cpu().numpy()
-                self._before = (self._before + loads) * np.float32(0.5 ** (decision.tokens / self.window))
+                share = np.float32(0.5 ** (decision.tokens / self.window))
+                self._before = (self._before + on_host(decision.loads)) * share
             self.moved = self.moved + decision.rerouted
             self.tokens += decision.tokens
 

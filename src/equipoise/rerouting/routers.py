@@ -230,8 +230,7 @@ class RouterPatch:
         self._own = vars(router).get("forward")
         self._inner = router.forward
         self._selecting = partial(kind, classes, decide)
-        self._logits = True
-        self._watched = False
+        self._logits: bool | None = None  # known once a forward was watched
         self._here = threading.local()
         self._direct = rebound(self._inner, "topk", self._topk) if issubclass(kind, SelectingTopK) else None
         router.forward = self._forward  # type: ignore[method-assign]
@@ -245,13 +244,13 @@ class RouterPatch:
     @property
     def direct(self) -> bool:
         """Whether the next forward sees the selection alone."""
-        return self._direct is not None and self._watched
+        return self._direct is not None and self._logits is not None
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         selecting = self._selecting()
-        direct = self._direct if self._watched else None
-        if direct is not None:
-            selecting.logits = self._logits
+        direct, logits = self._direct, self._logits
+        if direct is not None and logits is not None:
+            selecting.logits = logits
             self._here.selecting = selecting
             out = direct(*args, **kwargs)
             if not selecting.selections:  # the call is made elsewhere in the family's code
@@ -262,7 +261,7 @@ class RouterPatch:
                 out = self._inner(*args, **kwargs)
         if selecting.selections != 1:
             raise InputError(self._refusal.format(selecting.selections))
-        self._logits, self._watched = selecting.logits, True
+        self._logits = selecting.logits
         return out
 
     def _topk(self, scores: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

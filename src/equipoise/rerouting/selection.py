@@ -125,6 +125,11 @@ Vector = torch.Tensor | npt.NDArray[np.float32]
 """float32 [C] of a layer; where the batch is decided on the host, an array spares its conversion."""
 
 
+def on_host(vector: Vector) -> npt.NDArray[np.float32]:
+    """A vector as numpy has it."""
+    return vector if isinstance(vector, np.ndarray) else vector.cpu().numpy()
+
+
 @dataclass(slots=True, eq=False)
 class Decision:
     """What was decided for a batch.
@@ -200,8 +205,8 @@ def select(
         scores.softmax(-1).numpy() if logits else own,
         index.contiguous().numpy(),
         _ALL if real is None else real.numpy(),
-        slots if isinstance(slots, np.ndarray) else slots.numpy(),
-        before if isinstance(before, np.ndarray) else before.numpy(),
+        on_host(slots),
+        on_host(before),
         experts or scores.shape[1],
         rule.gap,
         rule.mass,
@@ -231,7 +236,6 @@ def select_on_host(
 ) -> Decision | None:
     """`select` of copies on the host; the decision is on the device of the scores again."""
     device = scores.device
-    slots, before = (v if isinstance(v, np.ndarray) else v.cpu() for v in (slots, before))
     seen = None if real is None else real.cpu()
     found = select(scores.detach().cpu(), index.cpu(), rule, slots, before, seen, logits=logits, experts=experts)
     if found is not None:

@@ -104,12 +104,11 @@ def slots_forward(slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weigh
         return _ForInference.apply(hidden, weights, slots, index)  # type: ignore[no-any-return]
     if not hidden.is_cpu:
         slots.leave_cpu(hidden.device)
-    found = few_rows.ready(slots, hidden, index.numel())
-    if found is not None:
-        with torch.no_grad():
-            return few_rows.run(found, hidden, index, weights)
-    run = next((k.forward for k in (onednn, vector, grouped) if k.is_ready(slots, hidden)), plain_forward)
     with torch.no_grad():
+        found = few_rows.ready(slots, hidden, index.numel())
+        if found is not None:
+            return few_rows.run(found, hidden, index, weights)
+        run = next((k.forward for k in (onednn, vector, grouped) if k.is_ready(slots, hidden)), plain_forward)
         return run(slots, hidden, index, weights)
 
 
