@@ -29,7 +29,7 @@ WRITTEN = {"bleu": "code", "rouge": "questions"}
 def sizes(quick: bool, large: bool = False) -> dict[str, int]:
     """Items of each task, characters of an article, and new tokens of an answer."""
     if quick:
-        return {"articles": 3, "characters": 200, "functions": 3, "questions": 3, "most": 8}
+        return {"articles": 2, "characters": 200, "functions": 2, "questions": 2, "most": 6}
     number = 240 if large else 60
     return {"articles": 60, "characters": 300, "functions": number, "questions": number, "most": 20}
 

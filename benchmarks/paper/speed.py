@@ -1,6 +1,6 @@
 """Tokens a second of every variant beside the original: prefill of 8 x 64 tokens, and 8 decoding steps of 8 rows.
 
-The large form also has a prefill of 32 x 256 tokens. Two models are held at a time, the original and the variant, and
+The quick form has less of each, the large form also a prefill of 32 x 256 tokens. The original and the variant are
 called in turn; the figure is the median over rounds of the ratio within a round, with the least and the most
 (benchmarks/runtime/timing.py, `race`). Each comparison takes some seconds, and at least `LEAST` rounds. On a GPU a
 call ends when the device is done. The processor is part of the figure, and nothing else should run on it. This is the
@@ -10,6 +10,7 @@ reference model on the machine of this run; large experts are in benchmarks/runt
 from __future__ import annotations
 
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from subject import VARIANTS, Subject
 
 from equipoise.models import load_model
 
-ROWS, WIDTH, STEPS = 8, 64, 8
+FULL, QUICK = (8, 64, 8), (2, 32, 3)
+"""Rows, tokens of a row in prefill, and decoding steps."""
 LARGE = (32, 256)
 """Rows and tokens of the large form's prefill."""
 LEAST = 5
@@ -51,9 +53,10 @@ def measure(subject: Subject) -> dict[str, Any]:
     timing = neighbour("runtime", "timing")
     original = load_model(subject.moe, dtype=subject.dtype, device=subject.device).model
     text = [token for row in subject.prompts("gsm8k") for token in row]
-    ids = text_ids(text, ROWS, WIDTH).to(subject.device)
+    count, width, steps = QUICK if subject.quick else FULL
+    ids = text_ids(text, count, width).to(subject.device)
     kinds: list[tuple[str, Any, torch.Tensor, int]] = [
-        ("prefill", prefill, ids, ids.numel()), ("decode", decode, ids, ROWS * STEPS)
+        ("prefill", prefill, ids, ids.numel()), ("decode", partial(decode, steps=steps), ids, count * steps)
     ]  # fmt: skip
     if subject.large:
         more = text_ids(text, *LARGE).to(subject.device)
@@ -83,10 +86,10 @@ def prefill(model: Any, ids: torch.Tensor) -> object:
 
 
 @torch.inference_mode()
-def decode(model: Any, ids: torch.Tensor) -> object:
-    """A short prompt and `STEPS` new tokens of every row."""
+def decode(model: Any, ids: torch.Tensor, steps: int) -> object:
+    """A short prompt and `steps` new tokens of every row."""
     return model.generate(
-        input_ids=ids[:, :4], attention_mask=torch.ones_like(ids[:, :4]), max_new_tokens=STEPS, min_new_tokens=STEPS,
+        input_ids=ids[:, :4], attention_mask=torch.ones_like(ids[:, :4]), max_new_tokens=steps, min_new_tokens=steps,
         do_sample=False, pad_token_id=0,
     )  # fmt: skip
 
@@ -127,10 +130,11 @@ def section(values: dict[str, Any], folder: Path, quick: bool) -> Section:
                     f"{own['ratio']:.2f} ({own['least']:.2f} to {own['most']:.2f})",
                 ]
             )
+    count, width, steps = QUICK if quick else FULL
     words = (
         f"{values['processor']}, {values['threads']} threads, {values['dtype'].removeprefix('torch.')}. Above 1 is "
-        f"faster than the original, median of rounds (least to most). Prefill of {ROWS} x {WIDTH} tokens where nothing "
-        f"else is said; decoding of {STEPS} tokens of {ROWS} rows."
+        f"faster than the original, median of rounds (least to most). Prefill of {count} x {width} tokens where "
+        f"nothing else is said; decoding of {steps} tokens of {count} rows."
     )
     if values["device"] == "cpu" and values["dtype"] == "torch.float32":
         words += (

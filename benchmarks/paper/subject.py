@@ -7,7 +7,7 @@
     joint + laser  LASER on the joint model, calibrated there
 
 Calibration is the first tenth of the prompts of every task, nothing else; one plan serves all tasks. Models are read
-when they are needed and only one is held. Everything is kept in the run's directory (`cells.Store`).
+when they are needed and stay (three of 2.8 GB in float32). Everything is kept in the run's directory (`cells.Store`).
 
 Where the processor has no bfloat16 products, a bfloat16 checkpoint is computed in float32, which is several times
 faster there. Plans and bytes are those of the checkpoint all the same (`as_stored`, `as_computed`): what is held as
@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,11 +83,12 @@ class Sizes:
 
 
 QUICK = Sizes(
-    prompts=32, lis=3, lis_rerouted=3, items=6, others=6, subject_items=1, subject_others=1, rerouted=3,
+    prompts=32, lis=2, lis_rerouted=2, items=3, others=3, subject_items=1, subject_others=1, rerouted=2,
     subject_rerouted=1, windows=1, laser_windows=1,
 )  # fmt: skip
-QUICK_PROMPT, QUICK_REST, QUICK_SUBJECTS = 64, 4, 7
-"""Of the quick form: tokens of a prompt where it is not cut into windows; windows of the rest; subjects of MMLU."""
+QUICK_PROMPT, QUICK_LASER, QUICK_REST, QUICK_SUBJECTS = 32, 128, 2, 5
+"""Of the quick form: tokens of a prompt where it is not cut into windows, and of a window for LASER's thresholds;
+windows of the rest; subjects of MMLU."""
 LARGE = Sizes(
     lis_rerouted=60, items=2500, others=2500, subject_items=60, subject_others=60, rerouted=200, subject_rerouted=8
 )
@@ -122,7 +122,8 @@ class Subject:
         self.share, self.large = share, large
         self.sizes = QUICK if quick else (LARGE if large else Sizes()).scaled(share)
         self.identity = fingerprint(moe)
-        self._held: tuple[str, Any] | None = None
+        self._held: dict[str, Any] = {}
+        self._form = {"quick": [QUICK_PROMPT, QUICK_LASER, QUICK_REST, QUICK_SUBJECTS]} if quick else {}
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -137,6 +138,7 @@ class Subject:
             "model": self.identity,
             "dtype": self.dtype,
             "calibration": [self.sizes.prompts, prompts.CALIBRATION, WINDOW],
+            **self._form,
             **more,
         }
 
@@ -156,7 +158,13 @@ class Subject:
         """Selections of each prompt of a task in the original model: int64 [P, L, E]."""
         made = self.store.arrays(
             f"routing/{task}",
-            {"model": self.identity, "dtype": self.dtype, "prompts": self.sizes.prompts, "longest": prompts.LONGEST},
+            {
+                "model": self.identity,
+                "dtype": self.dtype,
+                "prompts": self.sizes.prompts,
+                "longest": prompts.LONGEST,
+                **self._form,
+            },
             lambda: {"counts": prompts.routing(self.model("original").model, self.prompts(task), self.rows(16))},
             [prompts],
         )
@@ -167,12 +175,13 @@ class Subject:
         counts = self.routing(task)
         return counts[prompts.calibration(len(counts)) :]
 
-    def windows(self, part: str = "calibration", most: int = 0) -> list[Batch]:
-        """Windows of `WINDOW` tokens of the tasks' prompts, in batches of 8 that know their tasks.
+    def windows(self, part: str = "calibration", most: int = 0, width: int = WINDOW) -> list[Batch]:
+        """Windows of the tasks' prompts, in batches of 8 that know their tasks.
 
         Args:
             part: `calibration`, or as many prompts of each task of the `rest`.
             most: so many windows, spread evenly (0 = all).
+            width: tokens of a window.
         """
         if self.quick and part == "rest":
             most = most or QUICK_REST
@@ -182,7 +191,7 @@ class Subject:
             own = self._whole(task)
             first = prompts.calibration(len(own))
             chosen = own[:first] if part == "calibration" else own[first : 2 * first]
-            made = prompts.joined(chosen, WINDOW, self.tokenizer.eos_token_id)
+            made = prompts.joined(chosen, width, self.tokenizer.eos_token_id)
             rows += made
             names += [task] * len(made)
         if 0 < most < len(rows):
@@ -228,15 +237,12 @@ class Subject:
         """A `LoadedModel` of `original`, or with a plan applied."""
         name = variant.removesuffix("+ laser").strip()
         name = "original" if name == "laser" else name
-        if self._held is None or self._held[0] != name:
-            plan = None if name == "original" else self.plans[name]  # before the model that it may need is dropped
-            self._held = None
-            gc.collect()
+        if name not in self._held:
             loaded = load_model(self.moe, dtype=self.dtype, device=self.device)
-            if plan is not None:
-                self.apply(loaded.model, plan)
-            self._held = (name, loaded)
-        return self._held[1]
+            if name != "original":
+                self.apply(loaded.model, self.plans[name])
+            self._held[name] = loaded
+        return self._held[name]
 
     def apply(self, model: Any, plan: Plan) -> None:
         """Apply a plan of the checkpoint to a model that was loaded in `dtype`."""
@@ -251,7 +257,7 @@ class Subject:
 
         def make() -> None:
             # Batches of 8 on every device: LASER routes by the load of the batch.
-            seen = self.windows(most=self.sizes.laser_windows)
+            seen = self.windows(most=self.sizes.laser_windows, width=QUICK_LASER if self.quick else WINDOW)
             found = calibrate(self.model(variant).model, seen, max_loss_increase=LASER_BOUND)
             eq.save_laser(found.thresholds, path)
 

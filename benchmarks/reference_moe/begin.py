@@ -57,7 +57,9 @@ def fresh_start(model: Upcycled, tokens: dict[str, np.ndarray], work: Path, opti
         InputError: what is kept there was made with other options.
     """
     path = work / "start.safetensors"
-    made_with = torch.tensor([options.experts, options.router_windows, options.seed, round(1e6 * options.drop)])
+    made_with = torch.tensor(
+        [options.experts, options.top_k, options.router_windows, options.seed, round(1e6 * options.drop)]
+    )
     if not path.exists():
         start(model, tokens, options, fresh=True)
         kept_here = {"made_with": made_with}
@@ -68,7 +70,7 @@ def fresh_start(model: Upcycled, tokens: dict[str, np.ndarray], work: Path, opti
             save_file(kept_here, partial)
     found = load_file(path)
     if not torch.equal(found["made_with"], made_with):
-        raise InputError(f"{path} was made with other experts, seed or --drop: give another --work, or delete it")
+        raise InputError(f"{path} was made with other --experts, --top-k, --drop or seed: delete it, or change --work")
     with torch.no_grad():
         for number, layer in enumerate(model.layers):
             layer.router.copy_(found[f"{number}.router"])

@@ -123,12 +123,10 @@ def tokenized(directory: Path, tokenizer: Any, stream: str, held_out: bool) -> T
     if (directory / TOKENS).exists():
         with np.load(directory / TOKENS, allow_pickle=False) as file:
             return np.asarray(file[f"{stream}.{'held' if held_out else 'train'}"].astype(np.int32))
-    parts: list[int] = []
-    for text, held in documents(directory, stream):
-        if held == held_out:
-            parts.append(END_OF_TEXT)
-            parts.extend(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return np.array(parts, dtype=np.int32)
+    texts = [text for text, held in documents(directory, stream) if held == held_out]
+    # All at once: the tokenizer shares them over its threads.
+    parts = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return np.array([token for own in parts for token in (END_OF_TEXT, *own)], dtype=np.int32)
 
 
 def held_out_windows(tokens: Tokens, length: int, count: int) -> npt.NDArray[np.int64]:

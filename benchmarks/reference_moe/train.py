@@ -253,6 +253,9 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=Options.scale, help="windows of each kind in a step")
     parser.add_argument("--by-size", type=float, default=Options.by_size,
                         help="power of a stream's size that its windows follow (0: all have as many)")  # fmt: skip
+    parser.add_argument("--experts", type=int, default=Options.experts, help="of a layer")
+    parser.add_argument("--top-k", type=int, default=Options.top_k, help="experts that a token selects")
+    parser.add_argument("--rank", type=int, default=Options.rank, help="of an expert's differences")
     parser.add_argument("--own-passes", type=int, default=Options.own_passes, help="own samples for each opening")
     parser.add_argument("--start", type=Path, help="artifact to begin with (without a checkpoint)")
     parser.add_argument("--drop", type=float, default=Options.drop, help="share of the neurons that an expert lacks")
@@ -266,6 +269,7 @@ def main() -> None:
     options = Options(
         minutes=arguments.minutes, steps=arguments.steps, scale=arguments.scale, own_passes=arguments.own_passes,
         drop=arguments.drop, validate_seconds=arguments.validate_seconds, by_size=arguments.by_size,
+        experts=arguments.experts, top_k=arguments.top_k, rank=arguments.rank,
     )  # fmt: skip
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)

@@ -120,7 +120,7 @@ def test_where_training_starts_is_kept(tmp_path):
         assert torch.equal(one.router, two.router)
         assert torch.equal(one.keep, two.keep)
         assert not one.keep.all()
-    with pytest.raises(InputError, match="other experts, seed or --drop"):
+    with pytest.raises(InputError, match="other --experts, --top-k, --drop or seed"):
         begin.fresh_start(other, {}, tmp_path, scripts.recipe.Options(experts=4, drop=0.1))
 
 

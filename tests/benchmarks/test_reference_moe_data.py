@@ -49,11 +49,15 @@ def test_missing_text_is_said_in_one_line(tmp_path):
 
 
 def test_tokens_of_training_stand_for_the_text(tmp_path):
-    def tokenizer(text, add_special_tokens):
-        return {"input_ids": [len(word) for word in text.split()]}
+    def tokenizer(texts, add_special_tokens):
+        return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
 
     write(tmp_path, "text_contracts", [{"text": "word " * n} for n in range(1, 21)])
     read = {held: data.tokenized(tmp_path, tokenizer, "legal", held) for held in (False, True)}
+    ends = np.concatenate(list(read.values())) == data.END_OF_TEXT
+    assert ends.sum() == 20
+    assert (~ends).sum() == sum(range(1, 21))
+    assert all(tokens[0] == data.END_OF_TEXT for tokens in read.values())
     kept = tmp_path / "kept"
     kept.mkdir()
     np.savez(kept / data.TOKENS, **{"legal.train": read[False], "legal.held": read[True]})

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,9 +38,10 @@ def test_dense_path_hands_out_what_enters_each_ffn():
         torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_built_mixtral_computes_what_was_trained():
-    model, dense = trained_like()
-    built = scripts.build.mixtral(dense, dict(model.trained()), 2)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_built_mixtral_computes_what_was_trained(top_k):
+    model, dense = trained_like(top_k=top_k)
+    built = scripts.build.mixtral(dense, dict(model.trained()), top_k)
     seen = []
     for layer in built.model.layers:
         layer.mlp.experts.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[1]))
@@ -50,7 +52,7 @@ def test_built_mixtral_computes_what_was_trained():
     for own, chosen in zip(counts, seen, strict=True):
         per_window = [torch.bincount(row.flatten(), minlength=4) for row in chosen.view(3, -1)]
         assert torch.equal(own, torch.stack(per_window))
-    assert int(counts.sum()) == 3 * ids.numel() * 2
+    assert int(counts.sum()) == 3 * ids.numel() * top_k
 
 
 def test_built_mixtral_is_a_plain_checkpoint(tmp_path):
