@@ -9,7 +9,8 @@ Memory: one block in float32, and what is outside of the blocks (embeddings, hea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,47 +18,35 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from equipoise.profiling.sensitivity import differentiable
+from equipoise.profiling.replay import blocks_of, forward_as
+from equipoise.profiling.sensitivity import one_by_one
 
 
 @contextmanager
 def in_float32(model: PreTrainedModel) -> Iterator[None]:
     """Every forward of the model inside the block is computed in float32. Not for several threads at once.
 
-    Experts run one by one (transformers' `eager`): grouped products in float32 are not in every torch for GPUs.
+    On a GPU experts run one by one (transformers' `eager`): grouped products in float32 are not in every torch there.
     """
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     within = {id(tensor) for block in blocks for tensor in _tensors(block)}
-    with differentiable(model), ExitStack() as stack:
+    with ExitStack() as stack:
+        if model.device.type != "cpu":
+            stack.enter_context(one_by_one(model))
         stack.enter_context(_widened([tensor for tensor in _tensors(model) if id(tensor) not in within]))
         for block in blocks:
-            held = ExitStack()
-            stack.callback(held.close)
-
-            def enter(module: Any, _: Any, held: ExitStack = held) -> None:
-                held.enter_context(_widened(_tensors(module)))
-
-            def leave(_: Any, __: Any, output: Any, held: ExitStack = held) -> None:
-                held.close()
-
-            stack.callback(block.register_forward_pre_hook(enter).remove)
-            stack.callback(block.register_forward_hook(leave, always_call=True).remove)
+            # Not by hooks: a block whose forward is replaced (`replay`) needs no weights.
+            stack.enter_context(forward_as(block, _wide(block, block.forward)))
         yield
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost members of the model's module lists: its blocks, one after the other."""
-    found: list[nn.Module] = []
+def _wide(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        with _widened(_tensors(block)):
+            return forward(*args, **kwargs)
 
-    def walk(module: nn.Module) -> None:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList):
-                found.extend(child)
-            else:
-                walk(child)
-
-    walk(model)
-    return found
+    return wide
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -173,6 +173,10 @@ def _lowest_mean(matrix: torch.Tensor, norms: torch.Tensor) -> float:
     """Mean of the lowest `WANDA_FRACTION` of |W| * norm, over [out, in]."""
     scores = (matrix.float().abs() * norms).reshape(-1)
     k = max(1, int(len(scores) * WANDA_FRACTION))
+    if scores.device.type == "cpu":
+        values = scores.numpy()
+        values.partition(k - 1)  # a tenth of the time of torch's kthvalue
+        return float(values[:k].mean(dtype=np.float64))
     # k-th smallest in linear time; ties at the threshold share its value, so the mean is exact.
     threshold = torch.kthvalue(scores, k).values
     below = scores < threshold

@@ -4,9 +4,9 @@
 
 A gradient (`sensitivity`) sees a change as long as it is small. Where it sends tokens to other experts in a layer
 further on, the output jumps, and a layer with many routers above it is worth more than gradients say. So the model is
-run again, once for each layer, with that layer's experts as a plan would hold them, in float32 arithmetic
-(`float32` says why). Beside the model are held one layer's experts at low precision and the predictions of the tokens
-as they were.
+run again, once for each layer and from that layer on (`replay`), with its experts as a plan would hold them, in
+float32 arithmetic (`float32` says why). Beside the model are held one layer's experts at low precision, the predictions
+of the tokens as they were, and what each block gave for them.
 
 L layers, B sequences, Q their length, T tokens, V vocabulary.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from equipoise.errors import InputError
 from equipoise.models.families import MoELayer, read_routing
 from equipoise.profiling.float32 import in_float32
+from equipoise.profiling.replay import Replay
 from equipoise.progress import Track, quietly
 from equipoise.runtime.experts import Slots, slots_forward
 from equipoise.runtime.install import check_weights, fill_layer
@@ -49,7 +51,8 @@ def lowered_divergence(
     Args:
         model: the original, in evaluation mode.
         layers: of the model.
-        inputs: what the model is called with; tensors [B, Q]. Their logits are held, float32 [T, V].
+        inputs: what the model is called with; tensors [B, Q]. Their logits are held, float32 [T, V], and their hidden
+            states.
         precision: of all experts of the layer that is lowered.
         track: progress, over layers.
 
@@ -61,14 +64,14 @@ def lowered_divergence(
     """
     found = np.zeros(len(layers))
     with in_float32(model):
-        before = [_predictions(model, batch) for batch in inputs]
+        replay = Replay(model, inputs, functools.partial(_predictions, model))
         for row, layer in enumerate(track(layers, len(layers), "lowering layers")):
             with lowered(layer, precision):
-                for batch, logits in zip(inputs, before, strict=True):
-                    found[row] += _divergence(logits, _predictions(model, batch))
+                for number, before in enumerate(replay.before):
+                    found[row] += _divergence(before, replay.after(number, layer.experts))
             if not np.isfinite(found[row]):
                 raise InputError(f"the predictions are NaN or inf with layer {layer.layer_id} in {precision}")
-    return found / sum(len(logits) for logits in before)
+        return found / sum(map(len, replay.before))
 
 
 @contextmanager

@@ -154,16 +154,25 @@ def _slope(logits: torch.Tensor, real: torch.Tensor, seed: int) -> torch.Tensor:
 def differentiable(model: PreTrainedModel) -> Iterator[None]:
     """No parameter asks for a gradient inside the block, and experts run one by one."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before: str | None = getattr(model.config, "_experts_implementation", None)
-    switched = before not in (None, "eager") and model._can_set_experts_implementation()
     try:
         for parameter in asking:
             parameter.requires_grad_(False)
+        with one_by_one(model):
+            yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def one_by_one(model: PreTrainedModel) -> Iterator[None]:
+    """Experts run one after the other inside the block (transformers' `eager`)."""
+    before: str | None = getattr(model.config, "_experts_implementation", None)
+    switched = before not in (None, "eager") and model._can_set_experts_implementation()
+    try:
         if switched:
             model.set_experts_implementation("eager")
         yield
     finally:
         if switched and before is not None:
             model.set_experts_implementation(before)
-        for parameter in asking:
-            parameter.requires_grad_(True)
