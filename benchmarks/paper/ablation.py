@@ -27,7 +27,6 @@ from subject import Subject
 
 import equipoise as eq
 from equipoise.evaluation.perplexity import evaluate_text, paired_difference
-from equipoise.models import load_model
 from equipoise.types import IntArray, Plan, Profile
 
 STRATEGIES = ("quantize-only", "random", "quantize-heavy", "quantize-all", "rq")
@@ -70,7 +69,7 @@ def measure(subject: Subject) -> dict[str, Any]:
         "original": {"lis": raw, "bytes": 1.0, "replicas": 0.0, "quantized": 0.0, "perplexity": before.perplexity}
     }
     for name, drawn in made.items():
-        model = load_model(subject.moe, dtype=subject.dtype, device=subject.device).model
+        model = subject.copied()
         subject.apply(model, drawn[0])
         after = evaluate_text(model, windows)
         del model

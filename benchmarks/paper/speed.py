@@ -21,8 +21,6 @@ from accuracy import neighbour
 from sections import Section, table
 from subject import VARIANTS, Subject
 
-from equipoise.models import load_model
-
 FULL, QUICK = (8, 64, 8), (2, 32, 3)
 """Rows, tokens of a row in prefill, and decoding steps."""
 LARGE = (32, 256)
@@ -51,7 +49,7 @@ def machine(device: str) -> str:
 def measure(subject: Subject) -> dict[str, Any]:
     """`processor`, `dtype`, `threads`, and for each variant and kind of step: tokens a second, ratio, least, most."""
     timing = neighbour("runtime", "timing")
-    original = load_model(subject.moe, dtype=subject.dtype, device=subject.device).model
+    original = subject.copied()
     text = [token for row in subject.prompts("gsm8k") for token in row]
     count, width, steps = QUICK if subject.quick else FULL
     ids = text_ids(text, count, width).to(subject.device)
@@ -138,8 +136,7 @@ def section(values: dict[str, Any], folder: Path, quick: bool) -> Section:
     )
     if values["device"] == "cpu" and values["dtype"] == "torch.float32":
         words += (
-            " This processor has no bfloat16 products, so the run computes in float32 and the packed kernels, which "
-            "are for bfloat16 models, do not run: what is seen here is the plain path. Speed on a processor that has "
-            "them is in benchmarks/runtime."
+            " This processor has no bfloat16 products, so the run computes in float32. The gain of smaller weights is "
+            "larger beside a bfloat16 model, which is slow there: see benchmarks/runtime."
         )
     return Section("Speed", words + "\n\n" + table(["", "original, tokens/s", "variant, tokens/s", "ratio"], rows))

@@ -17,6 +17,7 @@ int8 is rounded to int8, what is not stays as it is.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -243,6 +244,10 @@ class Subject:
                 self.apply(loaded.model, self.plans[name])
             self._held[name] = loaded
         return self._held[name]
+
+    def copied(self) -> Any:
+        """Another original model; copying the one that is held takes a third of the time of reading it."""
+        return copy.deepcopy(self.model("original").model)
 
     def apply(self, model: Any, plan: Plan) -> None:
         """Apply a plan of the checkpoint to a model that was loaded in `dtype`."""
