@@ -104,10 +104,11 @@ def fingerprint(model: Path, *settings: object) -> str:
 
 def measured(side: str, path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """What was asked for of one model (`side`: dense or moe), each measurement kept in `arguments.out`."""
-    loaded = load_model(path, device=arguments.device)
+    loaded = load_model(path, dtype=arguments.dtype, device=arguments.device)
 
     def keep(name: str, measure: Callable[[], Any], *settings: object) -> Any:
-        return kept(arguments.out, name, fingerprint(path, *settings), measure)
+        computed = () if arguments.dtype == "auto" else (arguments.dtype,)
+        return kept(arguments.out, name, fingerprint(path, *settings, *computed), measure)
 
     def text() -> dict[str, Any]:
         return scored(loaded.model, held_out(loaded.tokenizer, arguments.data, arguments.windows))
@@ -145,6 +146,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 20], help="layers whose experts are removed")
     parser.add_argument("--rows", type=int, default=16, help="questions a forward pass")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=("auto", "float32"), default="auto",
+                        help="to compute in; float32 is many times faster than bfloat16 on AVX2")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these and stop there")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
