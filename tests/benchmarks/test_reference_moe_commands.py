@@ -27,6 +27,19 @@ def test_artifact_round_trip_is_within_half_a_step(tmp_path):
             assert ((again[name] - weight).abs() <= 0.5001 * step).all()
 
 
+@pytest.mark.parametrize(("name", "experts", "top_k"), [("artifact", 8, 2), ("artifact-16", 16, 1)])
+def test_artifacts_of_the_repository_are_what_they_say(name, experts, top_k):
+    path = FOLDER / f"{name}.safetensors"
+    weights, about = scripts.artifact.read(path)
+    assert path.stat().st_size <= scripts.artifact.LIMIT
+    assert (about["options"]["experts"], about["options"]["top_k"]) == (experts, top_k)
+    for layer in range(30):
+        assert weights[f"{layer}.router"].shape == (experts, 576)
+        assert weights[f"{layer}.in_a"].shape == (experts * about["options"]["rank"], 576)
+        missing = (~weights[f"{layer}.keep"]).sum(1)
+        assert (missing == round(about["options"]["drop"] * 1536)).all()
+
+
 def test_artifact_above_the_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(scripts.artifact, "LIMIT", 1000)
     with pytest.raises(InputError, match="lower the rank"):
