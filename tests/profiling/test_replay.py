@@ -94,10 +94,14 @@ def replay_of(model: nn.Module, inputs: int = 2) -> Replay:
 @pytest.mark.parametrize(("kind", "size"), [({}, 4), ({"reads": True}, 0), ({"twice": True}, 0),
                                             ({"reads": True, "forgets": True}, 0)])  # fmt: skip
 @pytest.mark.parametrize("inputs", [1, 2])
-def test_a_model_whose_blocks_read_more_is_run_whole(kind: dict[str, bool], size: int, inputs: int):
+def test_a_model_whose_blocks_read_more_is_run_whole(
+    kind: dict[str, bool], size: int, inputs: int, caplog: pytest.LogCaptureFixture
+):
     torch.manual_seed(0)
     model = Chain(**kind)
-    replay = replay_of(model, inputs)
+    with caplog.at_level("INFO"):
+        replay = replay_of(model, inputs)
+    assert ("every forward is whole" in caplog.text) == (not size)
     assert len(replay.order) == size
     with torch.no_grad():
         model.layers[2].linear.weight.mul_(2)
