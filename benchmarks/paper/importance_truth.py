@@ -48,7 +48,7 @@ DEPTHS = 5
 def sizes(quick: bool) -> dict[str, tuple[int, int]]:
     """Windows and their tokens of each part."""
     if quick:
-        return {"singles": (2, 48), "calibration": (2, 64), "together": (2, 48)}
+        return {"singles": (2, 32), "calibration": (2, 64), "together": (2, 32)}
     return {"singles": (32, 96), "calibration": (24, 128), "together": (8, 128)}
 
 

@@ -2,8 +2,8 @@
 
 The quick form has less of each, the large form also a prefill of 32 x 256 tokens. The original and the variant are
 called in turn; the figure is the median over rounds of the ratio within a round, with the least and the most
-(benchmarks/runtime/timing.py, `race`). Each comparison takes some seconds, and at least `LEAST` rounds. On a GPU a
-call ends when the device is done. The processor is part of the figure, and nothing else should run on it. This is the
+(benchmarks/runtime/timing.py, `race`). Each comparison takes some seconds, and at least `LEAST` rounds, in the quick
+form two. On a GPU a call ends when the device is done. The processor is part of the figure, and nothing else should run on it. This is the
 reference model on the machine of this run; large experts are in benchmarks/runtime.
 """
 
@@ -101,7 +101,7 @@ def _compare(
             torch.cuda.synchronize(ids.device)
 
     variants = {"original": lambda: ended(original), "variant": lambda: ended(model)}
-    pace = timing.Pace(seconds=2 if quick else 3, least=3 if quick else LEAST, most=31, warm_seconds=0.5)
+    pace = timing.Pace(seconds=1 if quick else 3, least=2 if quick else LEAST, most=31, warm_seconds=0.5)
     for call in variants.values():
         timing.warm(call, pace)
     times = timing.race(variants, pace)

@@ -84,10 +84,10 @@ class Sizes:
 
 
 QUICK = Sizes(
-    prompts=32, lis=2, lis_rerouted=2, items=3, others=3, subject_items=1, subject_others=1, rerouted=2,
+    prompts=32, lis=2, lis_rerouted=2, items=2, others=2, subject_items=1, subject_others=1, rerouted=2,
     subject_rerouted=1, windows=1, laser_windows=1,
 )  # fmt: skip
-QUICK_PROMPT, QUICK_LASER, QUICK_REST, QUICK_SUBJECTS = 32, 128, 2, 5
+QUICK_PROMPT, QUICK_LASER, QUICK_REST, QUICK_SUBJECTS = 32, 64, 2, 3
 """Of the quick form: tokens of a prompt where it is not cut into windows, and of a window for LASER's thresholds;
 windows of the rest; subjects of MMLU."""
 LARGE = Sizes(
