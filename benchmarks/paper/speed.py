@@ -3,8 +3,8 @@
 The quick form has less of each, the large form also a prefill of 32 x 256 tokens. The original and the variant are
 called in turn; the figure is the median over rounds of the ratio within a round, with the least and the most
 (benchmarks/runtime/timing.py, `race`). Each comparison takes some seconds, and at least `LEAST` rounds, in the quick
-form two. On a GPU a call ends when the device is done. The processor is part of the figure, and nothing else should run on it. This is the
-reference model on the machine of this run; large experts are in benchmarks/runtime.
+form two. On a GPU a call ends when the device is done. The processor is part of the figure, and nothing else should
+run on it. This is the reference model on the machine of this run; large experts are in benchmarks/runtime.
 """
 
 from __future__ import annotations
