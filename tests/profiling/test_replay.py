@@ -16,6 +16,7 @@ from equipoise.profiling.replay import Replay, blocks_of, forward_as
 from profiling.test_lowered import called
 from tiny import FAMILIES
 
+
 class Whole(Replay):
     """Runs everything, always."""
 
